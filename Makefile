@@ -1,0 +1,45 @@
+# make demo       train the tiny model, stream unseen videos, score them
+# make test       every check; the notebooks are tests too
+# make lab        JupyterLab on the notebooks
+# make clean      remove caches, results and build products (keeps .venv; `make distclean` removes that as well)
+# Each sets up .venv first if need be. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lab clean distclean
+
+demo test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
+
+demo: $(INSTALLED)
+	$(BIN)/python -m dst_smolvlm.train output_dir=outputs/demo
+	$(BIN)/python -m dst_smolvlm.evaluate output_dir=outputs/demo
+	@echo "Open outputs/demo/report.html; the figures are in outputs/demo/scores.json"
+
+test: $(INSTALLED)
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/ruff check
+	$(BIN)/pytest -q tests
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+# torch comes first: left to another package's dependencies, pip may take a newer build and gigabytes of CUDA with it.
+$(INSTALLED): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' is missing, older than 3.11 or has no venv module; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv; the first time takes some minutes"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf outputs nbs/outputs _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find bench data dst_smolvlm nbs tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,96 @@
+"""The timeline widget works where it is used: in JupyterLab, in a browser."""
+import json, os, secrets, shutil, socket, subprocess, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+root = Path(__file__).parent.parent
+chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+pytestmark = pytest.mark.skipif(chromium is None, reason='skipped: Chromium not found')
+
+# Chromium must not call its maker's servers, nor expect more shared memory than a container has.
+chromium_args = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+
+READY = """() => {
+    const panel = window.jupyterapp?.shell.currentWidget;
+    return panel?.context?.isReady && panel.sessionContext.isReady && panel.sessionContext.session.kernel.status === 'idle';
+}"""
+OUTCOME = """() => {
+    const cells = window.jupyterapp.shell.currentWidget.context.model.toJSON().cells.filter(cell => cell.cell_type === 'code' && cell.source.trim());
+    return {errors: cells.flatMap(cell => cell.outputs).filter(output => output.output_type === 'error').map(error => `${error.ename}: ${error.evalue}`),
+            not_run: cells.filter(cell => !cell.execution_count).map(cell => cell.source)};
+}"""
+FINISHED = f"() => {{ const outcome = ({OUTCOME})(); return outcome.errors.length > 0 || outcome.not_run.length === 0; }}"
+
+
+@contextmanager
+def jupyterlab(folder, home):
+    "The address of a JupyterLab server on `folder`, with its own settings under `home`; it ends with the block, and its kernels with it."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    token, url = secrets.token_hex(16), f'http://127.0.0.1:{port}'
+    settings = {'config/labconfig/page_config.json': {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}},   # asks on start
+                'settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings': {'windowingMode': 'none'}}   # cells out of view stay in the page
+    for name, value in settings.items():
+        (home/name).parent.mkdir(parents=True, exist_ok=True)
+        (home/name).write_text(json.dumps(value))
+    env = {**os.environ, 'HOME': str(home), 'IPYTHONDIR': str(home/'ipython'), 'JUPYTER_CONFIG_DIR': str(home/'config'), 'JUPYTER_DATA_DIR': str(home/'data'),
+           'JUPYTER_RUNTIME_DIR': str(home/'runtime'), 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces'),
+           'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
+    with open(home/'server.log', 'w') as log:
+        options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={folder}',
+                   f'--IdentityProvider.token={token}', '--LabApp.expose_app_in_browser=True']
+        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], cwd=folder, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(120):
+            try: urlopen(f'{url}/api/status?token={token}').close(); break
+            except OSError: time.sleep(.5)
+            assert server.poll() is None, (home/'server.log').read_text()
+        else: pytest.fail((home/'server.log').read_text())
+        yield lambda path: f'{url}/lab/tree/{path}?token={token}'
+    finally:
+        server.terminate()
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+
+
+def run_all_cells(page, url, timeout=180_000):
+    "Open the notebook at `url` and run it from top to bottom, or to the first error, in at most `timeout` milliseconds."
+    page.goto(url)
+    page.wait_for_function(READY, timeout=60_000)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    page.wait_for_function(FINISHED, timeout=timeout)
+    page.wait_for_function(READY, timeout=timeout)
+    return page.evaluate(OUTCOME)
+
+
+def test_timeline_widget_moves(tmp_path):
+    for name in ('nbs', 'data'): shutil.copytree(root/name, tmp_path/name, ignore=shutil.ignore_patterns('.ipynb_checkpoints', 'outputs'))
+    (tmp_path/'home').mkdir()
+    with jupyterlab(tmp_path/'nbs', tmp_path/'home') as url, sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=chromium_args)
+        page = browser.new_page(viewport=dict(width=1400, height=1000))
+        assert run_all_cells(page, url('14_timeline.ipynb')) == dict(errors=[], not_run=[])
+
+        widget = page.locator('.jp-OutputArea-output', has=page.locator('.widget-play')).first
+        slider, play = widget.locator('.noUi-handle').first, widget.locator('.widget-play button').first
+        clock, picture = widget.locator('.widget-html-content', has_text='frame').first, widget.locator('img').first
+        slider.press('Home')
+        expect(clock).to_contain_text('frame 0 of')
+        first_picture = picture.get_attribute('src')
+        slider.press('ArrowRight')
+        expect(clock).to_contain_text('frame 1 of')
+        slider.press('End')
+        expect(clock).not_to_contain_text('frame 1 of')
+        expect(picture).not_to_have_attribute('src', first_picture)
+        page.screenshot(path=tmp_path/'timeline.png')
+
+        slider.press('Home')
+        expect(clock).to_contain_text('frame 0 of')
+        play.click()
+        expect(clock).not_to_contain_text('frame 0 of')
+        browser.close()
