@@ -39,7 +39,7 @@ $(INSTALLED): constraints.txt settings.ini setup.py
 
 clean:
 	rm -rf outputs nbs/outputs _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find bench data dst_smolvlm nbs tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf .venv

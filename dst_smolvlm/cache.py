@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'Context', 'Continuation', 'BaseContextStrategy', 'register', 'NoStrategy', 'DropAll', 'make_strategy']
 
-# %% ../nbs/10_cache.ipynb #b6660db5
+# %% ../nbs/10_cache.ipynb #66ed34f4
 from dataclasses import dataclass
 
 from transformers import DynamicCache
@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from .config import InputError
 from .prompt import Prompt
 
-# %% ../nbs/10_cache.ipynb #ed310e83
+# %% ../nbs/10_cache.ipynb #45d2b276
 @dataclass
 class Context:
     "What a strategy may look at when the cache is full."
@@ -28,7 +28,7 @@ class Continuation:
     prompt: Prompt | None         # to be fed before the next frame; None where the old one is still in the cache
     told: list[int] | None        # the state that this prompt tells [S]
 
-# %% ../nbs/10_cache.ipynb #18ae7c22
+# %% ../nbs/10_cache.ipynb #efce4cb5
 class BaseContextStrategy:
     "Decides when the context is full, and what becomes of it."
     name = 'base'
@@ -44,7 +44,7 @@ def register(cls):
     STRATEGIES[cls.name] = cls
     return cls
 
-# %% ../nbs/10_cache.ipynb #7da1ba73
+# %% ../nbs/10_cache.ipynb #3c8a9e07
 @register
 class NoStrategy(BaseContextStrategy):
     "Keeps everything; stops with a clear error at the limit."
@@ -53,14 +53,14 @@ class NoStrategy(BaseContextStrategy):
         raise InputError(f'the context is full: {context.cache.get_seq_length()} tokens + {self.reserved_seq_len} reserved reach max_seq_len={self.max_seq_len}. '
                          'Choose another context_strategy, or raise context_strategy.max_seq_len')
 
-# %% ../nbs/10_cache.ipynb #da31461a
+# %% ../nbs/10_cache.ipynb #a9c966b9
 @register
 class DropAll(BaseContextStrategy):
     "Keeps the system prompt of the beginning, and nothing else: the baseline that forgets."
     name = 'drop_all'
     def handle_overflow(self, context): return Continuation(DynamicCache(), context.first_prompt, context.first_state)
 
-# %% ../nbs/10_cache.ipynb #19ae25e3
+# %% ../nbs/10_cache.ipynb #90e3a99b
 def make_strategy(cfg) -> BaseContextStrategy:
     "The strategy of the configuration group `context_strategy`."
     options = dict(cfg)

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SHAPES', 'SPLITS', 'QUESTIONS', 'Part', 'all_parts', 'draw_part', 'WorldConfig', 'Scene', 'split_of',
            'reply', 'make_scene', 'in_hand', 'render_frame', 'render', 'replay', 'build_sample', 'main']
 
-# %% ../nbs/03_world.ipynb #8fc9aa2c
+# %% ../nbs/03_world.ipynb #06fe806f
 import hashlib, math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +19,10 @@ from .records import Step, Turn, VideoRecord, write_records
 from .state import agenda
 from .video import write_video
 
-# %% ../nbs/03_world.ipynb #cec47b44
+# %% ../nbs/03_world.ipynb #c243e7dc
 COLOURS = dict(red=(214, 48, 49), green=(0, 148, 84), blue=(40, 96, 216), yellow=(246, 205, 60), purple=(140, 72, 178),
                orange=(240, 130, 30), cyan=(70, 200, 222), white=(244, 244, 240))
-SHAPES = ('circle', 'square', 'triangle', 'star', 'cross', 'ring')
+SHAPES = ('circle', 'ring', 'cross', 'bar', 'triangle', 'star', 'square')
 
 @dataclass(frozen=True)
 class Part:
@@ -30,15 +30,15 @@ class Part:
     shape: str
     def __str__(self): return f'{self.colour} {self.shape}'
 
-# %% ../nbs/03_world.ipynb #1821b9d5
-def all_parts(identity:str) -> list[Part]:
+# %% ../nbs/03_world.ipynb #324f5c34
+def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]:
     "Every part of a world in which parts differ by `colour`, by `shape`, or by `both`."
-    if identity == 'colour': return [Part(c, 'square') for c in COLOURS]
-    if identity == 'shape': return [Part('red', s) for s in SHAPES]
-    if identity == 'both': return [Part(c, s) for c in COLOURS for s in SHAPES]
+    if identity == 'colour': return [Part(c, 'circle') for c in colours]
+    if identity == 'shape': return [Part('red', s) for s in shapes]
+    if identity == 'both': return [Part(c, s) for c in colours for s in shapes]
     raise InputError(f"data.world.identity={identity}: choose 'colour', 'shape' or 'both'")
 
-# %% ../nbs/03_world.ipynb #f02e301c
+# %% ../nbs/03_world.ipynb #62fd01ff
 def draw_part(draw, part:Part, x:float, y:float, r:float):
     "Draw `part` with radius `r` pixels around (`x`, `y`)."
     fill, line = COLOURS[part.colour], (20, 20, 20)
@@ -48,6 +48,7 @@ def draw_part(draw, part:Part, x:float, y:float, r:float):
         draw.ellipse((x-r, y-r, x+r, y+r), fill=fill, outline=line)
         draw.ellipse((x-r/2, y-r/2, x+r/2, y+r/2), fill=(60, 60, 60), outline=line)
     elif part.shape == 'square': draw.rectangle((x-.85*r, y-.85*r, x+.85*r, y+.85*r), fill=fill, outline=line)
+    elif part.shape == 'bar': draw.rectangle((x-1.15*r, y-.4*r, x+1.15*r, y+.4*r), fill=fill, outline=line)
     elif part.shape == 'triangle': draw.polygon(ring(3, [1.15*r]*3, -math.pi/2), fill=fill, outline=line)
     elif part.shape == 'star': draw.polygon(ring(10, [1.15*r, .45*r]*5, -math.pi/2), fill=fill, outline=line)
     else:
@@ -55,10 +56,12 @@ def draw_part(draw, part:Part, x:float, y:float, r:float):
         draw.polygon([(x+dx, y+dy) for dx, dy in ((-b,-a),(b,-a),(b,-b),(a,-b),(a,b),(b,b),(b,a),(-b,a),(-b,b),(-a,b),(-a,-b),(-b,-b))],
                      fill=fill, outline=line)
 
-# %% ../nbs/03_world.ipynb #3303221e
+# %% ../nbs/03_world.ipynb #c41c58d9
 @dataclass(frozen=True)
 class WorldConfig:
     identity: str = 'both'         # what tells parts apart: 'colour', 'shape' or 'both'
+    shapes: int = 4                # how many of the seven shapes there are
+    palette: int = 8               # colours that occur in one video: with few, the shape has to tell
     min_steps: int = 3
     max_steps: int = 8
     random_order: float = .6       # share of videos whose order is not the listed one
@@ -67,16 +70,16 @@ class WorldConfig:
     min_idle: int = 3              # frames between two steps
     max_idle: int = 12
     overlap: float = .1            # share of steps that begin before the last one is finished
-    mistakes: float = .12          # share of steps before which a wrong part is taken
+    mistakes: float = .15          # share of steps before which a wrong part is taken
     questions: float = .2          # share of idle stretches in which the user asks
     occlusion: float = 0.          # share of carrying frames on which the hand hides the part
-    part_size: float = 11.         # radius in pixels of a carried part
+    part_size: float = 13.         # radius in pixels of a carried part
     jitter: float = 2.             # standard deviation of its position, pixels
     light: float = .12             # how far the light swings
     fps: float = 2.
     image_size: int = 64
 
-# %% ../nbs/03_world.ipynb #271beccd
+# %% ../nbs/03_world.ipynb #4253eadf
 @dataclass
 class Scene:
     record: VideoRecord
@@ -86,8 +89,11 @@ class Scene:
     seed: int = 0
     config: WorldConfig = WorldConfig()
     def frames(self, start:int=0, stop:int|None=None): return render(self, start, stop)
+    def episodes(self) -> list[tuple[float, float]]:
+        "When something is in the hand: (start, end) in seconds of every step and wrong pick."
+        return [s for step in self.record.steps for s in step.spans if s[0] >= 0] + [(a, b) for a, b, _ in self.wrong]
 
-# %% ../nbs/03_world.ipynb #c0d7529c
+# %% ../nbs/03_world.ipynb #d7807863
 SPLITS = ('train', 'validation', 'test')
 
 def split_of(parts) -> str:
@@ -95,7 +101,7 @@ def split_of(parts) -> str:
     digest = hashlib.sha256(','.join(sorted(map(str, parts))).encode()).digest()[0]
     return SPLITS[0] if digest % 10 < 8 else SPLITS[1] if digest % 10 == 8 else SPLITS[2]
 
-# %% ../nbs/03_world.ipynb #9bd6b102
+# %% ../nbs/03_world.ipynb #098b0713
 def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
     "Frames of every step (by position in `order`), of wrong picks and of questions, and the number of frames."
     spans, wrong, asked, t, overlaps = [], [], [], int(rng.integers(cfg.min_idle, cfg.max_idle + 1)), False
@@ -112,7 +118,7 @@ def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
         t += idle
     return spans, wrong, asked, t + cfg.min_idle
 
-# %% ../nbs/03_world.ipynb #337d377f
+# %% ../nbs/03_world.ipynb #de59b896
 QUESTIONS = ('What should I do now?', 'Which step is it?', 'What comes now?')
 
 def reply(kind:str, state, names) -> str:
@@ -121,13 +127,14 @@ def reply(kind:str, state, names) -> str:
     what = 'All steps are done.' if k is None else f'{when.capitalize()}, {names[k]}.'
     return {'start': 'Hello. ', 'completed': 'Well done. ', 'mistake': 'Wrong part. ', 'question': ''}[kind] + what
 
-# %% ../nbs/03_world.ipynb #e49f8764
+# %% ../nbs/03_world.ipynb #95363a92
 def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed:int=0) -> Scene:
     "Scene number `index` of a split."
     if split not in SPLITS: raise InputError(f"split={split}: choose one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    pool = all_parts(cfg.identity)
-    if cfg.max_steps >= len(pool): raise InputError(f'data.world.max_steps={cfg.max_steps}: a world by {cfg.identity} has {len(pool)} parts, one is kept for mistakes; use at most {len(pool) - 1}')
+    colours = [str(c) for c in rng.permutation(list(COLOURS))[:cfg.palette]]
+    pool = all_parts(cfg.identity, colours, SHAPES[:cfg.shapes])
+    if cfg.max_steps >= len(pool): raise InputError(f'data.world.max_steps={cfg.max_steps}: a world by {cfg.identity} with {cfg.palette} colours and {cfg.shapes} shapes has {len(pool)} parts, one is kept for mistakes; use at most {len(pool) - 1}')
     while True:
         drawn = [pool[i] for i in rng.permutation(len(pool))[:rng.integers(cfg.min_steps, cfg.max_steps + 1)]]
         if split_of(drawn) == split: break
@@ -147,7 +154,7 @@ def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed
     record.turns.extend(_speak(record, sorted(events), rng))
     return Scene(record, drawn, boxes, picks, seed=int(rng.integers(2**31)), config=cfg)
 
-# %% ../nbs/03_world.ipynb #dd1138e0
+# %% ../nbs/03_world.ipynb #ff472d43
 def _speak(record:VideoRecord, events, rng) -> list[Turn]:
     "Turns for `events` [(frame, kind)], from the true states."
     states, names, turns = record.states(), [s.name for s in record.steps], []
@@ -157,7 +164,7 @@ def _speak(record:VideoRecord, events, rng) -> list[Turn]:
         turns.append(Turn(role='assistant', time=t, content=reply(kind, states[frame], names)))
     return turns
 
-# %% ../nbs/03_world.ipynb #f7bddcdf
+# %% ../nbs/03_world.ipynb #3fa8da3f
 def _path(u:float, box:int, size:int) -> tuple[float, float]:
     "Where a part is at share `u` of its way (0 at the tray, 1 in the box), in pixels."
     tray, centre, target = (.5, .30), (.5, .48), (.22 + .28*(box - 1), .64)
@@ -181,7 +188,7 @@ def _draw_hand(draw, x:float, y:float, size:int):
     draw.line((x + 10*s, size + 4*s, x + 3*s, y + 9*s), fill=skin, width=round(9*s))
     draw.ellipse((x-6*s, y+3*s, x+8*s, y+15*s), fill=skin, outline=(150, 100, 80))
 
-# %% ../nbs/03_world.ipynb #f6db4eca
+# %% ../nbs/03_world.ipynb #c8db0044
 def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
     "(part, share of the way, box) of everything that is carried at `t` seconds."
     carried = []
@@ -194,7 +201,7 @@ def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
         if start <= t < end: carried.append((part, .2*min(1, (end - t)*2/(end - start)), 1))   # it goes back to the tray
     return carried
 
-# %% ../nbs/03_world.ipynb #541888b0
+# %% ../nbs/03_world.ipynb #793d619f
 def render_frame(scene:Scene, i:int) -> np.ndarray:
     "Frame `i` as uint8 [H, W, 3]."
     cfg, rng = scene.config, np.random.default_rng([scene.seed, i])
@@ -218,24 +225,24 @@ def render_frame(scene:Scene, i:int) -> np.ndarray:
     noise = rng.integers(-6, 7, (size, size, 1))
     return (np.asarray(img)*light + noise).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/03_world.ipynb #d013e1a2
+# %% ../nbs/03_world.ipynb #c23a814b
 def render(scene:Scene, start:int=0, stop:int|None=None) -> np.ndarray:
     "Frames `start` to `stop` (all by default) as uint8 [T, H, W, 3]."
     stop = scene.record.num_frames() if stop is None else stop
     return np.stack([render_frame(scene, i) for i in range(start, stop)])
 
-# %% ../nbs/03_world.ipynb #71a71d3c
+# %% ../nbs/03_world.ipynb #e2a60c0e
 def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     "A scene that draws the timeline of `record`; the names of its steps tell the part that stands for each."
     seed = int.from_bytes(hashlib.sha256(record.video_uid.encode()).digest()[:4], 'big')
-    pool, rng = all_parts(cfg.identity), np.random.default_rng(seed)
+    pool, rng = all_parts(cfg.identity, shapes=SHAPES[:cfg.shapes]), np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-len(record.steps)//len(pool)))])   # repeats only when parts run out
     parts = [pool[i] for i in order[:len(record.steps)]]
     steps = [s.model_copy(update={'name': f'{s.name} ({p})'}) for s, p in zip(record.steps, parts)]
     return Scene(record.model_copy(update={'steps': steps}), parts, [1 + i % 3 for i in range(len(parts))], seed=seed,
                  config=replace(cfg, fps=record.fps))
 
-# %% ../nbs/03_world.ipynb #3744e4e6
+# %% ../nbs/03_world.ipynb #2218a935
 def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> list[VideoRecord]:
     "Write `n` short test videos as mp4 and their records as `toy.jsonl` into the folder `out`."
     out, records = Path(out), []
@@ -247,7 +254,7 @@ def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> lis
     write_records(records, out/'toy.jsonl')
     return records
 
-# %% ../nbs/03_world.ipynb #c9f9498e
+# %% ../nbs/03_world.ipynb #27f7e630
 @run_cli
 def main(argv=None):
     "The command: `sample --out FOLDER` writes eight short test videos and their records."
@@ -257,5 +264,5 @@ def main(argv=None):
     records = build_sample(argv[2])
     print(f'{len(records)} videos and toy.jsonl in {argv[2]}')
 
-# %% ../nbs/03_world.ipynb #26c9dbde
+# %% ../nbs/03_world.ipynb #931cf71e
 if __name__ == '__main__' and '__file__' in globals(): main()
