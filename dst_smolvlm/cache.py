@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'Context', 'Continuation', 'BaseContextStrategy', 'register', 'NoStrategy', 'DropAll', 'make_strategy']
 
-# %% ../nbs/10_cache.ipynb #66ed34f4
+# %% ../nbs/10_cache.ipynb #4cf137d8
 from dataclasses import dataclass
 
 from transformers import DynamicCache
@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from .config import InputError
 from .prompt import Prompt
 
-# %% ../nbs/10_cache.ipynb #45d2b276
+# %% ../nbs/10_cache.ipynb #4e8351c7
 @dataclass
 class Context:
     "What a strategy may look at when the cache is full."
@@ -28,12 +28,13 @@ class Continuation:
     prompt: Prompt | None         # to be fed before the next frame; None where the old one is still in the cache
     told: list[int] | None        # the state that this prompt tells [S]
 
-# %% ../nbs/10_cache.ipynb #efce4cb5
+# %% ../nbs/10_cache.ipynb #3b2da665
 class BaseContextStrategy:
     "Decides when the context is full, and what becomes of it."
     name = 'base'
     def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128):
-        if max_seq_len <= reserved_seq_len: raise InputError(f'context_strategy.max_seq_len={max_seq_len}: must be larger than reserved_seq_len={reserved_seq_len}')
+        if max_seq_len <= reserved_seq_len:
+            raise InputError(f'context_strategy.max_seq_len={max_seq_len}: must be larger than reserved_seq_len={reserved_seq_len}')
         self.max_seq_len, self.reserved_seq_len = max_seq_len, reserved_seq_len
 
     def is_full(self, length:int) -> bool: return length + self.reserved_seq_len >= self.max_seq_len
@@ -44,23 +45,24 @@ def register(cls):
     STRATEGIES[cls.name] = cls
     return cls
 
-# %% ../nbs/10_cache.ipynb #3c8a9e07
+# %% ../nbs/10_cache.ipynb #ebf3ac50
 @register
 class NoStrategy(BaseContextStrategy):
     "Keeps everything; stops with a clear error at the limit."
     name = 'none'
     def handle_overflow(self, context):
-        raise InputError(f'the context is full: {context.cache.get_seq_length()} tokens + {self.reserved_seq_len} reserved reach max_seq_len={self.max_seq_len}. '
+        held = context.cache.get_seq_length()
+        raise InputError(f'the context is full: {held} tokens + {self.reserved_seq_len} reserved reach max_seq_len={self.max_seq_len}. '
                          'Choose another context_strategy, or raise context_strategy.max_seq_len')
 
-# %% ../nbs/10_cache.ipynb #a9c966b9
+# %% ../nbs/10_cache.ipynb #a20b4d34
 @register
 class DropAll(BaseContextStrategy):
     "Keeps the system prompt of the beginning, and nothing else: the baseline that forgets."
     name = 'drop_all'
     def handle_overflow(self, context): return Continuation(DynamicCache(), context.first_prompt, context.first_state)
 
-# %% ../nbs/10_cache.ipynb #90e3a99b
+# %% ../nbs/10_cache.ipynb #13713d65
 def make_strategy(cfg) -> BaseContextStrategy:
     "The strategy of the configuration group `context_strategy`."
     options = dict(cfg)

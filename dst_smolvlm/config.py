@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['InputError', 'run_cli', 'conf_dir', 'compose_config', 'parse_cli', 'atomic_write', 'save_config']
 
-# %% ../nbs/00_config.ipynb #642f9ed5
-import difflib, functools, os, re, sys, tempfile
+# %% ../nbs/00_config.ipynb #7fe3dc90
+import difflib, functools, os, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# %% ../nbs/00_config.ipynb #7e51d27e
+# %% ../nbs/00_config.ipynb #a21b774d
 class InputError(ValueError):
     "Something the user gave is wrong; the message is one line that names it, says where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #4ec74130
+# %% ../nbs/00_config.ipynb #7059c91b
 def run_cli(main):
     "Decorate a `main(argv=None)`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."
     @functools.wraps(main)
@@ -34,7 +34,7 @@ def run_cli(main):
             raise SystemExit(130) from None
     return wrapper
 
-# %% ../nbs/00_config.ipynb #fc203a08
+# %% ../nbs/00_config.ipynb #27b96747
 def conf_dir() -> Path:
     "The folder of YAML groups inside the installed package."
     import dst_smolvlm
@@ -48,7 +48,7 @@ def _known_keys(cfg, prefix='') -> list[str]:
         if isinstance(cfg._get_node(key), DictConfig): keys += _known_keys(cfg[key], f'{prefix}{key}.')
     return keys
 
-# %% ../nbs/00_config.ipynb #1ed267ba
+# %% ../nbs/00_config.ipynb #60f2c785
 def _explain(override: str, error: Exception, default: DictConfig) -> str:
     "One line that says what is wrong with `override`."
     key, _, value = override.lstrip('+~').partition('=')
@@ -63,7 +63,7 @@ def _explain(override: str, error: Exception, default: DictConfig) -> str:
         return f"{override}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else '; --cfg prints every key')
     return f"{override}: {' '.join(str(error).split())[:200]}"
 
-# %% ../nbs/00_config.ipynb #3b1a5fa3
+# %% ../nbs/00_config.ipynb #32a8ca1b
 def compose_config(overrides=()) -> DictConfig:
     "The resolved configuration for dotted `overrides` such as `['data=toy', 'train.seed=1']`; raises `InputError`."
     def build(overrides):
@@ -76,10 +76,11 @@ def compose_config(overrides=()) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as e:
         for i, override in enumerate(overrides):   # the first override that does not compose is the one to name
             try: build(overrides[:i+1])
-            except (HydraException, OmegaConfBaseException) as e_i: raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
+            except (HydraException, OmegaConfBaseException) as e_i:
+                raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
         raise InputError(' '.join(str(e).split())) from None
 
-# %% ../nbs/00_config.ipynb #af61f75c
+# %% ../nbs/00_config.ipynb #3560ed8e
 def parse_cli(argv, usage:str='') -> DictConfig:
     "Overrides in `argv` → configuration. `--cfg` prints it and leaves with status 0; `--help` prints `usage`."
     argv = list(argv)
@@ -90,7 +91,7 @@ def parse_cli(argv, usage:str='') -> DictConfig:
     if '--cfg' in argv: print(OmegaConf.to_yaml(cfg), end=''); raise SystemExit(0)
     return cfg
 
-# %% ../nbs/00_config.ipynb #9d1ac924
+# %% ../nbs/00_config.ipynb #a9edce81
 @contextmanager
 def atomic_write(path, mode:str='w'):
     "Open a temporary file that takes the name `path` only when the block ends without an error."
@@ -102,7 +103,7 @@ def atomic_write(path, mode:str='w'):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #db54b315
+# %% ../nbs/00_config.ipynb #ebca036f
 def save_config(cfg: DictConfig, folder) -> Path:
     "Write the resolved configuration as `folder/config.yaml` and return its path."
     path = Path(folder)/'config.yaml'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features_fingerprint', 'encode_video', 'save_features', 'load_features']
 
-# %% ../nbs/07_features.ipynb #4cbe9e93
+# %% ../nbs/07_features.ipynb #b4c25a08
 import hashlib, json, os
 from pathlib import Path
 
@@ -16,22 +16,27 @@ from safetensors.torch import save_file
 from .config import InputError
 from .video import frames_to_pixels
 
-# %% ../nbs/07_features.ipynb #819adabf
+# %% ../nbs/07_features.ipynb #83372ded
 def features_fingerprint(model, fps:float) -> str:
     "Hash of all that decides the features: weights of tower and connector, image size, pooling, frame rate."
-    digest = hashlib.sha256(json.dumps([fps, model.config.tokens_per_frame, model.config.scale_factor, model.config.vision_config.to_dict()], sort_keys=True, default=str).encode())
+    config = model.config
+    options = [fps, config.tokens_per_frame, config.scale_factor, config.vision_config.to_dict()]
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for part in (model.model.vision_model, model.model.connector):
         for name, p in part.state_dict().items(): digest.update(name.encode()); digest.update(p.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/07_features.ipynb #2b30a3d0
+# %% ../nbs/07_features.ipynb #d97043dd
 @torch.inference_mode()
 def encode_video(model, frames, batch:int=32, dtype=torch.bfloat16) -> torch.Tensor:
     "Frames uint8 [T, H, W, 3] → image tokens [T, N, D] on the CPU."
-    size, device = model.config.vision_config.image_size, model.device
-    return torch.cat([model.encode_frames(frames_to_pixels(frames[i:i+batch], size).to(device)).to('cpu', dtype) for i in range(0, len(frames), batch)])
+    tokens = []
+    for i in range(0, len(frames), batch):
+        pixels = frames_to_pixels(frames[i:i+batch], model.config.vision_config.image_size)
+        tokens.append(model.encode_frames(pixels.to(model.device)).to('cpu', dtype))
+    return torch.cat(tokens)
 
-# %% ../nbs/07_features.ipynb #93aeec46
+# %% ../nbs/07_features.ipynb #ae742fc6
 def save_features(tokens:torch.Tensor, path, fingerprint:str, fps:float) -> Path:
     "Write features [T, N, D] with their fingerprint; atomic."
     path = Path(path)
@@ -41,13 +46,14 @@ def save_features(tokens:torch.Tensor, path, fingerprint:str, fps:float) -> Path
     os.replace(tmp, path)
     return path
 
-# %% ../nbs/07_features.ipynb #e45fe8fd
+# %% ../nbs/07_features.ipynb #2411df98
 def load_features(path, fingerprint:str, start:int=0, stop:int|None=None) -> torch.Tensor:
     "Frames `start` to `stop` of the features in `path`; raises `InputError` if they are missing, broken or stale."
     if not Path(path).is_file(): raise InputError(f'{path}: no features there')
     try:
         with safe_open(path, 'pt') as f:
             found = (f.metadata() or {}).get('fingerprint')
-            if found != fingerprint: raise InputError(f'{path}: stale features (fingerprint {found}, expected {fingerprint}); encode the video again')
+            if found != fingerprint:
+                raise InputError(f'{path}: stale features (fingerprint {found}, expected {fingerprint}); encode the video again')
             return f.get_slice('tokens')[start:stop]
     except SafetensorError as e: raise InputError(f'{path}: not a feature file: {e}') from None

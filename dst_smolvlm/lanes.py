@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_COLORS', 'SPEAK', 'UPDATE', 'WRONG', 'runs', 'draw_lanes', 'draw_decisions', 'word_rows', 'timeline_figure']
 
-# %% ../nbs/12_lanes.ipynb #0351cb47
+# %% ../nbs/12_lanes.ipynb #fb69ad66
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -18,18 +18,18 @@ from .records import VideoRecord
 from .state import STATE_NAMES, state_changes
 from .trace import Trace, reference_speech
 
-# %% ../nbs/12_lanes.ipynb #88d4a8ec
+# %% ../nbs/12_lanes.ipynb #0a08b72c
 def runs(values) -> list[tuple[int, int, int]]:
     "Stretches of equal values as (first, after the last, value)."
     values = np.asarray(values)
     edges = np.flatnonzero(np.diff(values, prepend=values[:1] - 1)) if len(values) else []
     return [(int(a), int(b), int(values[a])) for a, b in zip(edges, [*edges[1:], len(values)])]
 
-# %% ../nbs/12_lanes.ipynb #05c5e8de
+# %% ../nbs/12_lanes.ipynb #8cbbcb3d
 STATE_COLORS = ('#E9E9E9', '#E69F00', '#0072B2')   # not started, in progress, completed
 SPEAK, UPDATE, WRONG = '#D55E00', '#009E73', '#C00000'
 
-# %% ../nbs/12_lanes.ipynb #7b5b0d71
+# %% ../nbs/12_lanes.ipynb #25f14a0e
 def _lane_inches(num_steps: int) -> float:
     "Height of a lane: comfortable for up to eight steps, dense for thirty."
     return float(np.interp(num_steps, [8, 20], [.38, .2]))
@@ -38,7 +38,9 @@ def _draw_steps(ax, pred: np.ndarray, true: np.ndarray|None, fps: float):
     "Predicted states (thick), true states (thin) and where they differ (line); [T, S] each, lane s at height s."
     def bar(values, s, low, height, colors):
         stretches = [(a, b, colors[v]) for a, b, v in runs(values) if colors[v]]
-        if stretches: ax.broken_barh([(a/fps, (b-a)/fps) for a, b, _ in stretches], (s + low, height), color=[c for *_, c in stretches], lw=0)
+        if not stretches: return
+        seconds = [(a/fps, (b-a)/fps) for a, b, _ in stretches]
+        ax.broken_barh(seconds, (s + low, height), color=[c for *_, c in stretches], lw=0)
     for s in range(pred.shape[1]):
         bar(pred[:, s], s, -.4, .5 if true is not None else .76, STATE_COLORS)
         if true is None: continue
@@ -46,7 +48,7 @@ def _draw_steps(ax, pred: np.ndarray, true: np.ndarray|None, fps: float):
         T = min(len(pred), len(true))
         bar(pred[:T, s] != true[:T, s], s, .11, .1, (None, WRONG))
 
-# %% ../nbs/12_lanes.ipynb #7c5481ea
+# %% ../nbs/12_lanes.ipynb #89b8c3c5
 def _draw_speech(ax, trace: Trace, speech: dict[int, str]|None):
     "User marks at height -2, replies at -1, with the reference's replies hollow below them."
     def mark(frames, y, **style):
@@ -58,16 +60,17 @@ def _draw_speech(ax, trace: Trace, speech: dict[int, str]|None):
     for n, i in enumerate(said if len(said) <= 30 else [], 1):
         ax.annotate(str(n), (i/trace.fps, y), (0, 4), textcoords='offset points', ha='center', va='bottom', fontsize=6.5, color=SPEAK)
 
-# %% ../nbs/12_lanes.ipynb #be5c836d
+# %% ../nbs/12_lanes.ipynb #fd2152f6
 def _legend(with_truth: bool) -> list:
     "Legend entries in reading order."
     patches = [Patch(color=c, label=n.replace('_', ' ')) for c, n in zip(STATE_COLORS, STATE_NAMES)]
     dot = lambda marker, label, **style: Line2D([], [], ls='none', marker=marker, label=label, **style)
     marks = [dot('D', 'user', ms=4.5, color='#333333'), dot('v', 'reply', ms=6, color=SPEAK)]
-    truth = [dot('^', 'reference reply', ms=4, mfc='none', mec='#333333'), Line2D([], [], color=WRONG, lw=2, label='predicted (thick) ≠ true (thin)')]
+    truth = [dot('^', 'reference reply', ms=4, mfc='none', mec='#333333'),
+             Line2D([], [], color=WRONG, lw=2, label='predicted (thick) ≠ true (thin)')]
     return patches + marks + truth*with_truth
 
-# %% ../nbs/12_lanes.ipynb #5c094e90
+# %% ../nbs/12_lanes.ipynb #2ac6fec3
 def draw_lanes(
     trace: Trace,                        # what was believed: the thick bars
     states: np.ndarray|None=None,        # [T, S], what was true: the thin bars
@@ -84,7 +87,8 @@ def draw_lanes(
     _draw_steps(ax, trace.states, states, trace.fps)
     _draw_speech(ax, trace, speech)
     size, lines, width = (9, 2, 36) if S <= 8 else (8, 1, 44) if S <= 12 else (7, 1, 48)
-    names = ['\n'.join(textwrap.wrap(f'{k+1}. {name}', width, max_lines=lines, placeholder=' …')) for k, name in enumerate(trace.step_names)]
+    wrap = lambda text: '\n'.join(textwrap.wrap(text, width, max_lines=lines, placeholder=' …'))
+    names = [wrap(f'{k+1}. {name}') for k, name in enumerate(trace.step_names)]
     ax.set_yticks([-2, -1, *range(S)], ['user', 'assistant', *names], fontsize=size, parse_math=False, linespacing=1.05)
     ax.set(ylim=(S - .4, -2.6), xlim=(0, max(len(trace.frames), len(states) if states is not None else 1)/trace.fps))
     ax.tick_params(axis='y', length=0); ax.spines[['top', 'right', 'left']].set_visible(False)
@@ -93,14 +97,15 @@ def draw_lanes(
                          fontsize=8, handlelength=1.2, columnspacing=1.1, handletextpad=.5, borderaxespad=.2)
     return ax.get_figure(root=True)
 
-# %% ../nbs/12_lanes.ipynb #32b6611f
+# %% ../nbs/12_lanes.ipynb #8729c5bd
 def draw_decisions(trace: Trace, record: VideoRecord|None=None, ax=None) -> Figure:
     "P(speak) and P(update) over time, their thresholds, and ticks at the true events."
     if ax is None: fig, ax = plt.subplots(figsize=(9.5, 1.8), layout='constrained'); plt.close(fig)
     times = np.arange(len(trace.frames))/trace.fps
     true = {} if record is None else {'speak': reference_speech(record, trace.fps), 'update': state_changes(record.states(trace.fps))}
     def beside(text, y, color):
-        ax.annotate(text, (0, y), (-24, 0), xycoords=ax.get_yaxis_transform(), textcoords='offset points', ha='right', va='center', fontsize=8, color=color)
+        ax.annotate(text, (0, y), (-24, 0), xycoords=ax.get_yaxis_transform(), textcoords='offset points',
+                    ha='right', va='center', fontsize=8, color=color)
     for name, noun, probs, color, label, row in (('speak', 'true speech', trace.speak_probs, SPEAK, .8, 1.36),
                                                  ('update', 'true updates', trace.update_probs, UPDATE, .2, 1.16)):
         ax.plot(times, probs, color=color, lw=1.1)
@@ -113,7 +118,7 @@ def draw_decisions(trace: Trace, record: VideoRecord|None=None, ax=None) -> Figu
     ax.spines[['top', 'right']].set_visible(False)
     return ax.get_figure(root=True)
 
-# %% ../nbs/12_lanes.ipynb #8248c142
+# %% ../nbs/12_lanes.ipynb #4ea32558
 def word_rows(trace: Trace, record: VideoRecord|None=None, tolerance_s: float=1.) -> list[tuple[float, str, str|None, str|None]]:
     "Rows (time, who, said, should have been said) in order of time; replies and references share a row if they are near."
     fps, expected = trace.fps, {} if record is None else reference_speech(record, trace.fps)
@@ -125,7 +130,7 @@ def word_rows(trace: Trace, record: VideoRecord|None=None, tolerance_s: float=1.
         rows.append((i/fps, f'reply {n}', text, here))
     return sorted(rows + [(j/fps, 'missing', None, text) for j, text in free.items()], key=lambda row: row[0])
 
-# %% ../nbs/12_lanes.ipynb #ca0adcbb
+# %% ../nbs/12_lanes.ipynb #465437e4
 def _wrapped_rows(rows, max_rows: int, width: int) -> list[tuple[str, str, str, int]]:
     "(label, left text, right text, number of lines), wrapped to the columns; what exceeds `max_rows` is counted."
     table = []
@@ -148,7 +153,7 @@ def _draw_words(ax, table, with_truth: bool):
         y += lines + .35
     ax.set(xlim=(0, 1), ylim=(y, 0)); ax.axis('off')
 
-# %% ../nbs/12_lanes.ipynb #1ed0198b
+# %% ../nbs/12_lanes.ipynb #98e473af
 def timeline_figure(
     trace: Trace,
     record: VideoRecord|None=None,   # the truth (default: only the trace is shown)

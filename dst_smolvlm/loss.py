@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'GLIMPSE_WEIGHT', 'focal_loss', 'pointer_target', 'pointer_loss', 'LossConfig', 'loss_counts',
            'multitask_loss']
 
-# %% ../nbs/06_loss.ipynb #df8eac61
+# %% ../nbs/06_loss.ipynb #708f78c8
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from .state import IN_PROGRESS
 
-# %% ../nbs/06_loss.ipynb #03dacf1d
-def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:torch.Tensor|None=None, ignore_index:int=-100) -> torch.Tensor:
+# %% ../nbs/06_loss.ipynb #48c0f2c7
+def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:torch.Tensor|None=None,
+               ignore_index:int=-100) -> torch.Tensor:
     """Sum of `-(1-p)^gamma log p` over labelled items (Lin et al. 2017, eq. 4), from `logits` [..., C] and `target` [...]; `weight`
     multiplies each item. gamma=0 is cross-entropy; nothing labelled gives 0 with a zero gradient."""
     keep = target != ignore_index
@@ -25,20 +26,20 @@ def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:
     if weight is not None: item = item*weight
     return torch.where(keep, item, 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #d8869608
+# %% ../nbs/06_loss.ipynb #8111c133
 def pointer_target(state_labels:torch.Tensor) -> torch.Tensor:
-    "State labels [..., S] → the share of attention that each step deserves [..., S+1]: equal parts to the steps in progress, or all to \"none\"."
+    "State labels [..., S] → the attention that each step deserves [..., S+1]: equal parts to those in progress, or all to 'none'."
     active = (state_labels == IN_PROGRESS).float()
     n = active.sum(-1, keepdim=True)
     return torch.cat([active/n.clamp_min(1), (n == 0).float()], -1)
 
-# %% ../nbs/06_loss.ipynb #b1321a80
+# %% ../nbs/06_loss.ipynb #f9fbee32
 def pointer_loss(logits:torch.Tensor, state_labels:torch.Tensor) -> torch.Tensor:
     "Cross-entropy of pointer `logits` [..., S+1] with `pointer_target`; frames without any label are left out."
     keep = (state_labels != -100).any(-1)
     return torch.where(keep, -(pointer_target(state_labels)*F.log_softmax(logits.float(), -1)).sum(-1), 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #fc965fbd
+# %% ../nbs/06_loss.ipynb #a7535f26
 @dataclass
 class LossConfig:
     gamma: float = 2.            # focal exponent of the two decisions and of the state; 0 is cross-entropy
@@ -51,19 +52,19 @@ class LossConfig:
     surprise_weight: float = 5.  # weight of state cells whose truth differs from what was told
     negative_keep: float = 1.    # share of the silent frames whose decision loss counts
 
-# %% ../nbs/06_loss.ipynb #e1e949f7
+# %% ../nbs/06_loss.ipynb #c4672362
 PARTS = ('lm', 'speak', 'update', 'state', 'pointer')
-GLIMPSE_WEIGHT = 4.              # a glimpse counts like so many frames of a stream, which are nearly alike
+GLIMPSE_WEIGHT = 2.              # a glimpse counts like so many frames of a stream, which are nearly alike
 
 def loss_counts(batch) -> torch.Tensor:
     "How many items of each part of the loss are labelled in `batch`, in the order of `PARTS`."
     labels = dict(lm=batch['labels'][:, 1:], speak=batch['speak_labels'], update=batch['update_labels'], state=batch['state_labels'],
                   pointer=batch['state_labels'][..., 0])
     counts = torch.stack([(labels[p] != -100).sum() for p in PARTS]).float()
-    counts[PARTS.index('pointer')] += GLIMPSE_WEIGHT*len(batch.get('glimpse_states', ()))
+    if 'glimpse_states' in batch: counts[PARTS.index('pointer')] += GLIMPSE_WEIGHT*(batch['glimpse_states'][..., 0] != -100).sum()
     return counts
 
-# %% ../nbs/06_loss.ipynb #46b75ee0
+# %% ../nbs/06_loss.ipynb #c3203a18
 def multitask_loss(output, batch, cfg:LossConfig, counts:torch.Tensor|None=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "Total loss and its parts; every part is a sum over labelled items divided by `counts` (this batch's own by default)."
     counts = loss_counts(batch) if counts is None else counts
@@ -75,7 +76,8 @@ def multitask_loss(output, batch, cfg:LossConfig, counts:torch.Tensor|None=None)
         update=focal_loss(output.update_logits, batch['update_labels'], cfg.gamma, event(batch['update_labels'])),
         state=focal_loss(output.state_logits, batch['state_labels'], cfg.gamma, surprise),
         pointer=pointer_loss(output.pointer_logits, batch['state_labels']))
-    if 'glimpse_states' in batch: sums['pointer'] = sums['pointer'] + GLIMPSE_WEIGHT*pointer_loss(output.glimpse_logits, batch['glimpse_states'])
+    if 'glimpse_states' in batch:
+        sums['pointer'] = sums['pointer'] + GLIMPSE_WEIGHT*pointer_loss(output.glimpse_logits, batch['glimpse_states'])
     parts = {p: sums[p]/n.clamp_min(1) for p, n in zip(PARTS, counts)}
     total = sum(getattr(cfg, f'w_{p}')*v for p, v in parts.items())
     return total, parts

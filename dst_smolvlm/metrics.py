@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'joint_goal_accuracy', 'slot_accuracy', 'named_steps', '
            'score_counts', 'score_traces', 'listed_order', 'rename_steps', 'baseline_trace', 'PRF', 'WINDOWS',
            'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #d0b435db
+# %% ../nbs/12_metrics.ipynb #88ed1fa2
 import re, zlib
 from collections import Counter
 from functools import lru_cache
@@ -20,10 +20,10 @@ from .records import VideoRecord
 from .state import state_changes
 from .trace import Trace, oracle_trace, reference_speech, trace_from_states
 
-# %% ../nbs/12_metrics.ipynb #05213d7c
+# %% ../nbs/12_metrics.ipynb #25be96b6
 _all_ = ['PRF', 'WINDOWS', 'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #3523a537
+# %% ../nbs/12_metrics.ipynb #21b18eee
 def joint_goal_accuracy(
     pred: np.ndarray,   # [T, S]
     true: np.ndarray    # [T, S]
@@ -31,12 +31,12 @@ def joint_goal_accuracy(
     "The share of frames with every step right; None without frames."
     return ratio(int((np.asarray(pred) == true).all(axis=1).sum()), len(true))
 
-# %% ../nbs/12_metrics.ipynb #1b2e3f95
+# %% ../nbs/12_metrics.ipynb #d01069c8
 def slot_accuracy(pred: np.ndarray, true: np.ndarray) -> float|None:
     "The share of (frame, step) cells that are right; None without cells."
     return ratio(int((np.asarray(pred) == true).sum()), np.size(true))
 
-# %% ../nbs/12_metrics.ipynb #93529f55
+# %% ../nbs/12_metrics.ipynb #3695318e
 _key = lambda name: ' '.join(name.lower().split()).strip(' .')
 
 @lru_cache(256)
@@ -46,13 +46,13 @@ def _names_pattern(step_names: tuple[str, ...]) -> re.Pattern:
     words = '|'.join(r'\s+'.join(map(re.escape, n.split())) for n in longest_first)
     return re.compile(rf'(?<!\w)(?:{words or "(?!)"})(?!\w)', re.IGNORECASE)
 
-# %% ../nbs/12_metrics.ipynb #b6dce8c6
+# %% ../nbs/12_metrics.ipynb #8c5aa2f9
 def named_steps(text: str, step_names: list[str]) -> set[int]:
     "The steps whose name stands in `text`."
     found = {_key(m) for m in _names_pattern(tuple(step_names)).findall(text)}
     return {k for k, name in enumerate(step_names) if _key(name) in found}
 
-# %% ../nbs/12_metrics.ipynb #c8b88ec3
+# %% ../nbs/12_metrics.ipynb #f329d8ec
 def response_names_step(
     spoken: list[tuple[int, str]],            # (frame, text) of the replies
     reference_turns: list[tuple[int, str]],   # (frame, text) of what should have been said
@@ -65,7 +65,7 @@ def response_names_step(
     asked = {j: named for j, (_, text) in enumerate(reference_turns) if (named := named_steps(text, step_names))}
     return sum(reply.get(j) == named for j, named in asked.items()), len(asked)
 
-# %% ../nbs/12_metrics.ipynb #52e862cd
+# %% ../nbs/12_metrics.ipynb #f405c90e
 def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Counter:
     "Everything that `score_counts` needs to know about one video."
     fps, true, ref = trace.fps, record.states(trace.fps), reference_speech(record, trace.fps)     # true: [T, S]
@@ -82,10 +82,17 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Cou
                    frames=T, frames_right=int((pred == true).all(1).sum()), slots=true.size, slots_right=int((pred == true).sum()),
                    named=named, named_right=right, frames_lacking=max(0, T - len(trace.frames)))
 
-# %% ../nbs/12_metrics.ipynb #d45b32ba
-_WHY_UNDEFINED = {'speaking_precision': 'nothing was said', 'speaking_recall': 'nothing was to be said', 'speaking_f1': 'nothing was said or to be said',
-                  'update_precision': 'no update was decided', 'update_recall': 'no state changes', 'update_f1': 'no update was decided and no state changes',
-                  'joint_goal_accuracy': 'no frames', 'slot_accuracy': 'no steps', 'response_names_step': 'no reference turn names a step'}
+# %% ../nbs/12_metrics.ipynb #e07bdc2e
+_WHY_UNDEFINED = {
+    'speaking_precision': 'nothing was said',
+    'speaking_recall': 'nothing was to be said',
+    'speaking_f1': 'nothing was said or to be said',
+    'update_precision': 'no update was decided',
+    'update_recall': 'no state changes',
+    'update_f1': 'no update was decided and no state changes',
+    'joint_goal_accuracy': 'no frames',
+    'slot_accuracy': 'no steps',
+    'response_names_step': 'no reference turn names a step'}
 
 def score_counts(counts: Counter) -> dict:
     "The scores that follow from (added) counts; `undefined` gives the reason for every None."
@@ -93,11 +100,12 @@ def score_counts(counts: Counter) -> dict:
     for head in ('speaking', 'update'):
         prf = PRF.from_counts(*(counts[f'{head}_{k}'] for k in ('tp', 'fp', 'fn')))
         scores |= {f'{head}_f1': prf.f1, f'{head}_precision': prf.precision, f'{head}_recall': prf.recall}
-    scores |= dict(joint_goal_accuracy=ratio(counts['frames_right'], counts['frames']), slot_accuracy=ratio(counts['slots_right'], counts['slots']),
+    scores |= dict(joint_goal_accuracy=ratio(counts['frames_right'], counts['frames']),
+                   slot_accuracy=ratio(counts['slots_right'], counts['slots']),
                    response_names_step=ratio(counts['named_right'], counts['named']))
     return scores | dict(undefined={k: _WHY_UNDEFINED[k] for k, v in scores.items() if v is None}, counts=dict(counts))
 
-# %% ../nbs/12_metrics.ipynb #7da5e7d0
+# %% ../nbs/12_metrics.ipynb #f93132a0
 def score_traces(
     traces: list[Trace], records: list[VideoRecord],   # one of each per video, in any order
     tolerance_s: float=1.                              # ± seconds for replies and updates
@@ -106,7 +114,8 @@ def score_traces(
     by_uid = {t.video_uid: t for t in traces}
     uids = [r.video_uid for r in records]
     for uid in set(uids) ^ set(by_uid):
-        raise InputError(f"{uid}: {'no record for this trace' if uid in by_uid else 'no trace for this record'}; score exactly the videos that were streamed")
+        lacking = 'no record for this trace' if uid in by_uid else 'no trace for this record'
+        raise InputError(f'{uid}: {lacking}; score exactly the videos that were streamed')
     if len(set(uids)) < len(uids) or len(by_uid) < len(traces): raise InputError('two traces or two records have the same video_uid')
     counts = {r.video_uid: count_trace(by_uid[r.video_uid], r, tolerance_s) for r in records}
     pooled = Counter()
@@ -114,12 +123,12 @@ def score_traces(
     return score_counts(pooled) | dict(videos=len(records), tolerance_s=tolerance_s,
                                        per_video=[{'video_uid': uid} | score_counts(c) for uid, c in counts.items()])
 
-# %% ../nbs/12_metrics.ipynb #134e5fdd
+# %% ../nbs/12_metrics.ipynb #be0219cf
 def listed_order(states: np.ndarray) -> np.ndarray:
     "The same number of steps in each state at each frame, but in listed order."
     return -np.sort(-np.asarray(states), axis=1)   # [T, S]
 
-# %% ../nbs/12_metrics.ipynb #0018c43e
+# %% ../nbs/12_metrics.ipynb #d6ec9a38
 def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: np.ndarray) -> str:
     "`text` with each named step replaced by the step that is believed to be in its true state ([S] each)."
     def other(match):
@@ -129,7 +138,7 @@ def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: n
         return match[0] if k == step else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
     return _names_pattern(tuple(step_names)).sub(other, text)
 
-# %% ../nbs/12_metrics.ipynb #36169165
+# %% ../nbs/12_metrics.ipynb #ae7b4595
 BASELINES = ('oracle', 'always_silent', 'prior_rate', 'clock', 'previous_state', 'event_order')
 
 def baseline_trace(

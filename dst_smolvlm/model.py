@@ -6,7 +6,7 @@
 __all__ = ['DSTSmolVLMConfig', 'tiny_config', 'image_seq_len', 'pool_tokens', 'StepMemory', 'HeadsOutput', 'DSTHeads',
            'DSTSmolVLM', 'build_tiny', 'save_model', 'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #d9976089
+# %% ../nbs/05_model.ipynb #ba46627a
 import math, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .config import InputError
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
 
-# %% ../nbs/05_model.ipynb #4d37e7ed
+# %% ../nbs/05_model.ipynb #58b5f7eb
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
@@ -28,23 +28,24 @@ class DSTSmolVLMConfig(SmolVLMConfig):
     head_size: int = 0                 # width of the pointer and of the state head; 0 is the text model's hidden size
     unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch (§11)
 
-# %% ../nbs/05_model.ipynb #5d80c6a1
-def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64, image_size:int=64,
-                scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
+# %% ../nbs/05_model.ipynb #1667f2b0
+def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
+                image_size:int=64, scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
-    text = dict(model_type='llama', vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3*hidden_size, num_hidden_layers=layers,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, pad_token_id=pad_token_id, rope_theta=10000.,
-                tie_word_embeddings=False, attention_dropout=0.)
-    vision = dict(hidden_size=vision_size, intermediate_size=2*vision_size, num_hidden_layers=vision_layers, num_attention_heads=2, image_size=image_size, patch_size=8)
-    return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1, image_token_id=image_token_id, pad_token_id=pad_token_id,
-                            tie_word_embeddings=False, unit_init=True)
+    text = dict(model_type='llama', vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3*hidden_size,
+                num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+                pad_token_id=pad_token_id, rope_theta=10000., tie_word_embeddings=False, attention_dropout=0.)
+    vision = dict(hidden_size=vision_size, intermediate_size=2*vision_size, num_hidden_layers=vision_layers,
+                  num_attention_heads=2, image_size=image_size, patch_size=8)
+    return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1,
+                            image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True)
 
-# %% ../nbs/05_model.ipynb #8ed74e02
+# %% ../nbs/05_model.ipynb #05e53138
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_model.ipynb #f1e15af7
+# %% ../nbs/05_model.ipynb #ca5dbd24
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -54,7 +55,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_model.ipynb #62142d96
+# %% ../nbs/05_model.ipynb #f3dca923
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -70,9 +71,9 @@ class HeadsOutput(ModelOutput):
     state_logits: torch.Tensor = None      # [B, T, S, 3]
     lm_logits: torch.Tensor = None         # [n, V] at the labelled tokens
     lm_targets: torch.Tensor = None        # [n]
-    glimpse_logits: torch.Tensor = None    # [G, S+1] pointer of single frames
+    glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_model.ipynb #26698a52
+# %% ../nbs/05_model.ipynb #12eb0e32
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -113,7 +114,7 @@ class DSTHeads(nn.Module):
         return HeadsOutput(speak_logits=self.speaking_head(h), update_logits=self.dst_update_head(h),
                            pointer_logits=pointer, state_logits=self.dst_state_head(self.fuse(x)))
 
-# %% ../nbs/05_model.ipynb #7ee4fd8b
+# %% ../nbs/05_model.ipynb #e7eabdaf
 class DSTSmolVLM(SmolVLMForConditionalGeneration):
     "SmolVLM2 that decides at every frame. See `forward` for the whole picture."
     config_class = DSTSmolVLMConfig
@@ -127,8 +128,11 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         super()._init_weights(module)
         if getattr(self.config, 'unit_init', False):
             if isinstance(module, nn.Linear): nn.init.normal_(module.weight, std=module.in_features**-.5)
-            elif isinstance(module, nn.Conv2d): nn.init.normal_(module.weight, std=4*module.weight[0].numel()**-.5)   # pixels are small numbers
-            elif isinstance(module, nn.Embedding): nn.init.normal_(module.weight, std=.5 if module.weight.shape[1] == self.config.vision_config.hidden_size else 1.)
+            elif isinstance(module, nn.Conv2d):                                            # pixels are small numbers
+                nn.init.normal_(module.weight, std=4*module.weight[0].numel()**-.5)
+            elif isinstance(module, nn.Embedding):
+                in_vision = module.weight.shape[1] == self.config.vision_config.hidden_size
+                nn.init.normal_(module.weight, std=.5 if in_vision else 1.)
         if isinstance(module, DSTHeads): nn.init.normal_(module.none_key)
 
     @property
@@ -161,26 +165,29 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         """One pass over whole streams: every frame is supervised at once.
         input_ids [B, L]; pixel_values [F, 3, H, W] or frame_tokens [F, N, D] of all frames in reading order; frame_positions [B, T]
         (-1 pads); step_spans [B, S, 2] (-1 pads); told [B, T, S]; labels [B, L], shifted here and nowhere else. Rows are padded on the
-        right, where a causal model cannot look: no attention mask is needed, and the fast causal kernel is used. Beside the streams, G single
-        frames with their prompts (`glimpse_*`) may train the pointer; they do not go through the language model. Without frame_positions this is SmolVLM's own forward, which `generate()` calls."""
+        right, where a causal model cannot look: no attention mask is needed, and the fast causal kernel is used. Beside the streams,
+        G prompts with F single frames each (`glimpse_*`) may train the pointer; they do not go through the language model. Without
+        frame_positions this is SmolVLM's own forward, which `generate()` calls."""
         if frame_positions is None: return super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)
         if frame_tokens is None: frame_tokens = self.encode_frames(pixel_values)
         embeds = self.embed(input_ids, frame_tokens)
         hidden = self.model.text_model(inputs_embeds=embeds, use_cache=False).last_hidden_state   # [B, L, D]
         real = frame_positions >= 0
-        at_frames = hidden.gather(1, frame_positions.clamp_min(0)[..., None].expand(-1, -1, hidden.shape[-1]))                  # [B, T, D]
+        at_frames = hidden.gather(1, frame_positions.clamp_min(0)[..., None].expand(-1, -1, hidden.shape[-1]))   # [B, T, D]
         tokens = frame_tokens.new_zeros(*real.shape, *frame_tokens.shape[1:])
-        tokens[real] = frame_tokens                                                                                            # [B, T, N, D]
+        tokens[real] = frame_tokens                                                               # [B, T, N, D]
         out = self.heads(at_frames, tokens, self.step_memory(hidden, embeds, step_spans), told.clamp_min(0))
         if labels is not None:
             learn = labels[:, 1:] != -100
             out.lm_logits, out.lm_targets = self.lm_head(hidden[:, :-1][learn]), labels[:, 1:][learn]
         if glimpse_ids is not None:
             words = self.get_input_embeddings()(glimpse_ids)
-            out.glimpse_logits = self.heads.point(self.encode_frames(glimpse_pixels)[:, None], self.step_memory(words, words, glimpse_spans))[:, 0]
+            steps = self.step_memory(words, words, glimpse_spans)
+            seen = self.encode_frames(glimpse_pixels)                                       # [G*F, N, D]
+            out.glimpse_logits = self.heads.point(seen.unflatten(0, (len(words), -1)), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #520b0ff6
+# %% ../nbs/05_model.ipynb #e2dc596d
 def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The tiny model with random weights, and its layout."
     cfg = dict(cfg or {})
@@ -190,7 +197,7 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     model = DSTSmolVLM(config)
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #6d9ef60f
+# %% ../nbs/05_model.ipynb #6662f088
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     "Write weights (safetensors), configuration and tokenizer as `folder`, whole or not at all."
     folder = Path(folder)
@@ -201,11 +208,12 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     os.replace(tmp, folder)
     return folder
 
-# %% ../nbs/05_model.ipynb #7e9d173a
+# %% ../nbs/05_model.ipynb #82705ad8
 def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.float32) -> tuple[DSTSmolVLM, StreamLayout]:
     "One of our checkpoints, or a plain SmolVLM2 (whose new heads are then random), from a folder or a hub name."
     where = Path(str(checkpoint))
-    if (where.is_absolute() or str(checkpoint).startswith('.') or len(where.parts) > 2) and not where.is_dir(): raise InputError(f'{checkpoint}: no such checkpoint folder')
+    is_path = where.is_absolute() or str(checkpoint).startswith('.') or len(where.parts) > 2     # a hub name is owner/name
+    if is_path and not where.is_dir(): raise InputError(f'{checkpoint}: no such checkpoint folder')
     try:
         config = DSTSmolVLMConfig.from_pretrained(checkpoint)
         if tokens_per_frame is not None: config.tokens_per_frame = tokens_per_frame
@@ -218,11 +226,13 @@ def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.floa
     model.heads.float()
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #fe364932
+# %% ../nbs/05_model.ipynb #6a4a3875
 def load_model(cfg, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The model of the configuration group `model`: from its `checkpoint`, or the tiny one with random weights."
     if cfg.checkpoint is None: return build_tiny({k: cfg[k] for k in ('hidden_size', 'layers', 'vision_size', 'image_size')}, seed)
     model, layout = load_pretrained(cfg.checkpoint, cfg.get('tokens_per_frame'), getattr(torch, cfg.dtype))
     for key, value in (('hidden_size', model.config.text_config.hidden_size), ('image_size', model.config.vision_config.image_size)):
-        if cfg.get(key) not in (None, value): raise InputError(f'{cfg.checkpoint}: its {key} is {value}, but model.{key}={cfg[key]}; leave the key out or take another checkpoint')
+        if cfg.get(key) not in (None, value):
+            raise InputError(f'{cfg.checkpoint}: its {key} is {value}, but model.{key}={cfg[key]}; '
+                             'leave the key out or take another checkpoint')
     return model, layout

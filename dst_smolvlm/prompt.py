@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL_TOKENS', 'IMAGE_TOKEN', 'SYSTEM', 'tiny_tokenizer', 'toy_texts', 'Prompt', 'StreamLayout', 'StreamTokens',
            'layout_stream']
 
-# %% ../nbs/04_prompt.ipynb #ecaf06b7
+# %% ../nbs/04_prompt.ipynb #1e0e8526
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,14 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from .config import InputError
 from .state import STATE_NAMES, agenda, transitions
 
-# %% ../nbs/04_prompt.ipynb #604df7da
+# %% ../nbs/04_prompt.ipynb #8da0ec26
 SPECIAL_TOKENS = dict(bos_token='<|im_start|>', eos_token='<end_of_utterance>', pad_token='<|pad|>')
 IMAGE_TOKEN = '<image>'
 
 def tiny_tokenizer(texts, vocab_size:int=768) -> PreTrainedTokenizerFast:
     "A byte-level BPE trained on `texts`, with SmolVLM's special tokens (pad is not the end of an utterance)."
     tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r' ?\[\w+\]\n?| ?\w+[.,:]?| ?[^\s\w]+|\s+'), 'isolated')   # "Next," and " [not_started]\n" are words of their own
+    pattern = Regex(r' ?\[\w+\]\n?| ?\w+[.,:]?| ?[^\s\w]+|\s+')   # "Next," and " [not_started]\n" are words of their own
+    words = pre_tokenizers.Split(pattern, 'isolated')
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = [SPECIAL_TOKENS['pad_token'], SPECIAL_TOKENS['bos_token'], SPECIAL_TOKENS['eos_token'], IMAGE_TOKEN]
@@ -31,37 +32,45 @@ def tiny_tokenizer(texts, vocab_size:int=768) -> PreTrainedTokenizerFast:
                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=[IMAGE_TOKEN], **SPECIAL_TOKENS)
 
-# %% ../nbs/04_prompt.ipynb #4772a489
+# %% ../nbs/04_prompt.ipynb #fdb269b8
 def toy_texts() -> list[str]:
     "What there is to say in the toy world: the corpus of the tiny tokenizer."
     from dst_smolvlm.world import COLOURS, QUESTIONS, SHAPES
     names = [f'put the {c} {s} in box {b}' for c in COLOURS for s in SHAPES for b in (1, 2, 3)]
     told = [f'{i}. {n} [{state}]\n' for n in names for i in range(1, 10) for state in STATE_NAMES]
-    said = [f'Assistant: {open} {when}, {n}.' for n in names for when in ('Next', 'Now') for open in ('Hello.', 'Well done.', 'Wrong part.')]
-    rest = [f'System: {SYSTEM} Goal: sort {i} parts into boxes.\n State: {i} in_progress; {i} completed. All steps are done.' for i in range(1, 10)]
+    openings = [f'{open} {when}' for when in ('Next', 'Now') for open in ('Hello.', 'Well done.', 'Wrong part.')]
+    said = [f'Assistant: {o}, {n}.' for n in names for o in openings]
+    rest = [f'System: {SYSTEM} Goal: sort {i} parts into boxes.\n State: {i} in_progress; {i} completed. All steps are done.'
+            for i in range(1, 10)]
     return told + said + 50*rest + 50*[f'User: {q}' for q in QUESTIONS]
 
 SYSTEM = 'You watch a person at work. Track the steps, and speak when it helps.'
 
-# %% ../nbs/04_prompt.ipynb #21cad888
+# %% ../nbs/04_prompt.ipynb #08473865
 @dataclass
 class Prompt:
     "The beginning of a context: its tokens, and where each step's line stands in it."
     ids: list[int]
     step_spans: list[tuple[int, int]]   # [S] (first token, one past the last) of every step's line; the last token is its marker
 
-# %% ../nbs/04_prompt.ipynb #03c558a6
+# %% ../nbs/04_prompt.ipynb #cd2acd4a
 class StreamLayout:
     "Turns task, frames and words into token ids, the same for training and for streaming."
     def __init__(self, tokenizer, tokens_per_frame:int):
-        self.tokenizer, self.tokens_per_frame = tokenizer, tokens_per_frame
+        self.tokenizer, self.tokens_per_frame, self._encoded = tokenizer, tokens_per_frame, {}
         self.image_token_id, self.end_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id
-        if self.image_token_id is None or self.end_id is None: raise InputError(f'the tokenizer has no {IMAGE_TOKEN} or no end token: it is not one of SmolVLM')
+        if self.image_token_id is None or self.end_id is None:
+            raise InputError(f'the tokenizer has no {IMAGE_TOKEN} or no end token: it is not one of SmolVLM')
         self.assistant_open = self.encode('Assistant:')
         self.turn_end = self.encode('\n')
         self.frame = [self.image_token_id]*tokens_per_frame
 
-    def encode(self, text:str) -> list[int]: return self.tokenizer(text, add_special_tokens=False).input_ids
+    def encode(self, text:str) -> list[int]:
+        "Token ids of a piece of text; remembered, because the same lines come again and again."
+        if text not in self._encoded:
+            if len(self._encoded) >= 100_000: self._encoded.clear()
+            self._encoded[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return list(self._encoded[text])
     def decode(self, ids) -> str: return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
     def _turn(self, text:str) -> list[int]: return self.encode(text) + [self.end_id] + self.turn_end
 
@@ -87,7 +96,7 @@ class StreamLayout:
         changed = '; '.join(f'{k+1} {STATE_NAMES[s]}' for k, s in sorted(last.items()))
         return self._turn(f'State: {changed}. {self.agenda(names, after)}')
 
-# %% ../nbs/04_prompt.ipynb #6b366455
+# %% ../nbs/04_prompt.ipynb #8ee51761
 @dataclass
 class StreamTokens:
     ids: list[int]                                          # [L]
@@ -99,7 +108,7 @@ class StreamTokens:
         self.ids += ids
         self.labels += ids if learn else [-100]*len(ids)
 
-# %% ../nbs/04_prompt.ipynb #0f7b542c
+# %% ../nbs/04_prompt.ipynb #57610eac
 def layout_stream(layout:StreamLayout, record, told, start:int=0, stop:int|None=None, replies:bool=True, frames:bool=True,
                   max_tokens:int|None=None) -> StreamTokens:
     """The tokens of frames `start` to `stop` of `record`. `told` [T+1, S]: row i is the state that the model is told before frame

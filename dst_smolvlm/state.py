@@ -6,18 +6,18 @@
 __all__ = ['NOT_STARTED', 'IN_PROGRESS', 'COMPLETED', 'STATE_NAMES', 'frame_times', 'frame_of', 'states_at', 'states_from_spans',
            'Transition', 'transitions', 'state_changes', 'apply_transitions', 'is_legal', 'legal_ratio', 'agenda']
 
-# %% ../nbs/00_state.ipynb #77f62386
+# %% ../nbs/00_state.ipynb #8a22765e
 from typing import NamedTuple
 
 import numpy as np
 
 from .config import InputError
 
-# %% ../nbs/00_state.ipynb #521bcfcf
+# %% ../nbs/00_state.ipynb #42cd6058
 NOT_STARTED, IN_PROGRESS, COMPLETED = 0, 1, 2
 STATE_NAMES = ('not_started', 'in_progress', 'completed')
 
-# %% ../nbs/00_state.ipynb #c57b63f5
+# %% ../nbs/00_state.ipynb #3884deba
 def frame_times(
     num_frames: int,
     fps: float,   # frames per second; the models here watch at 2
@@ -25,7 +25,7 @@ def frame_times(
     "The time of each frame: `i / fps`."
     return np.arange(num_frames) / fps
 
-# %% ../nbs/00_state.ipynb #2ab52575
+# %% ../nbs/00_state.ipynb #113c8aaa
 def frame_of(
     time: float,  # seconds; times before the video belong to frame 0
     fps: float,
@@ -35,7 +35,7 @@ def frame_of(
     if i/fps < time: return i + 1
     return i - 1 if i and (i-1)/fps >= time else i
 
-# %% ../nbs/00_state.ipynb #3b31501a
+# %% ../nbs/00_state.ipynb #471ae5e6
 def states_at(
     spans: list[list[tuple[float, float]]],  # per step its (start, end) in seconds; none, or a negative start: skipped
     times,                                   # seconds, a number or [T]
@@ -54,7 +54,7 @@ def states_at(
         states[..., s] = np.where(opened > closed, IN_PROGRESS, np.where(opened > 0, COMPLETED, NOT_STARTED))
     return states
 
-# %% ../nbs/00_state.ipynb #e85862ae
+# %% ../nbs/00_state.ipynb #f7ce1728
 def states_from_spans(
     spans: list[list[tuple[float, float]]],  # per step its (start, end) in seconds
     fps: float,
@@ -64,7 +64,7 @@ def states_from_spans(
     "The state of every step at every frame."
     return states_at(spans, frame_times(num_frames, fps), repeats)
 
-# %% ../nbs/00_state.ipynb #bf6d19c3
+# %% ../nbs/00_state.ipynb #26c20cba
 class Transition(NamedTuple):
     "One step going from one state to another; `step` counts from 0."
     step: int
@@ -83,7 +83,7 @@ def transitions(
         changes += [Transition(s, 0, 1), Transition(s, 1, 2)] if (b, a) == (0, 2) else [Transition(s, b, a)]
     return changes
 
-# %% ../nbs/00_state.ipynb #27cb3b62
+# %% ../nbs/00_state.ipynb #058ceefd
 def state_changes(
     states,          # [T, S]
     initial=None,    # [S] states before frame 0; default all not started
@@ -94,7 +94,7 @@ def state_changes(
     changed = np.flatnonzero((before != states).any(axis=1)).tolist()
     return {i: transitions(before[i], states[i]) for i in changed}
 
-# %% ../nbs/00_state.ipynb #c4979291
+# %% ../nbs/00_state.ipynb #d91d780e
 def apply_transitions(
     state,                          # [S]
     transitions: list[Transition],
@@ -104,13 +104,13 @@ def apply_transitions(
     for step, _, after in transitions: state[step] = after
     return state
 
-# %% ../nbs/00_state.ipynb #628f3a58
+# %% ../nbs/00_state.ipynb #e52fe9c3
 def is_legal(transition: Transition, repeats: str = 'merge') -> bool:
     "Whether a step can go this way: one state forward, or back from completed to in progress under `reopen`."
     _, before, after = transition
     return after == before + 1 or (repeats == 'reopen' and (before, after) == (COMPLETED, IN_PROGRESS))
 
-# %% ../nbs/00_state.ipynb #d380c957
+# %% ../nbs/00_state.ipynb #9489b4cd
 def legal_ratio(
     states,                  # [T, S], usually predicted
     initial=None,            # [S] before frame 0; default all not started
@@ -120,7 +120,7 @@ def legal_ratio(
     legal = [is_legal(t, repeats) for change in state_changes(states, initial).values() for t in change]
     return sum(legal)/len(legal) if legal else None
 
-# %% ../nbs/00_state.ipynb #17b91179
+# %% ../nbs/00_state.ipynb #10f349b8
 def agenda(state) -> tuple[str, int | None]:
     "What a state [S] implies: `('now', step)` in progress, else `('next', step)` not started, else `('done', None)`."
     state = np.asarray(state)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'OnlineStateFilter', 'StepResult', 'StreamRunner', 'stream_record', 'read_steps', 'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #042645a8
+# %% ../nbs/11_stream.ipynb #c54e6dd7
 import itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
 from .video import frames_to_pixels, iter_frames
 
-# %% ../nbs/11_stream.ipynb #df599b7f
+# %% ../nbs/11_stream.ipynb #72c39e87
 class OnlineStateFilter:
     """Causal filter from pointer probabilities to a legal sequence of states. It lives outside the model. Its rules:
     a step that the pointer shows is in progress; it is completed when the pointer leaves it; it was never begun if the pointer went
@@ -46,7 +46,7 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #424597c2
+# %% ../nbs/11_stream.ipynb #f2466122
 @dataclass
 class StepResult:
     "What the model made of one frame."
@@ -60,7 +60,7 @@ class StepResult:
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #b0864d24
+# %% ../nbs/11_stream.ipynb #d58238f8
 class StreamRunner:
     "Pushes frames of one video through the model. All that it remembers between frames is the cache, the told state and the filter."
     def __init__(self, model, layout, steps:list[str], goal:str='', knowledge:str='', state=None, strategy:BaseContextStrategy|None=None,
@@ -101,17 +101,21 @@ class StreamRunner:
         pixels = frames_to_pixels(image[None], model.config.vision_config.image_size).to(model.device)
         tokens = model.encode_frames(pixels)                                                # [1, N, D]
         hidden, embeds = self._forward(self.pending + heard + layout.frame, tokens)
-        if self.memory is None: self.memory = model.step_memory(hidden, embeds, torch.tensor([self.prompt.step_spans], device=hidden.device))
-        out = model.heads(hidden[:, -1:], tokens[:, None].transpose(0, 1), self.memory, torch.tensor(self.told[None, None].astype(np.int64), device=hidden.device))
+        if self.memory is None:
+            spans = torch.tensor([self.prompt.step_spans], device=hidden.device)
+            self.memory = model.step_memory(hidden, embeds, spans)
+        told = torch.tensor(self.told[None, None].astype(np.int64), device=hidden.device)  # [1, 1, S]
+        out = model.heads(hidden[:, -1:], tokens[:, None].transpose(0, 1), self.memory, told)
         self.pending = []
-        speak, update = out.speak_logits[0, 0].softmax(-1)[1].item(), out.update_logits[0, 0].softmax(-1)[1].item()
-        states, pointer = out.state_logits[0, 0].softmax(-1).float().cpu().numpy(), out.pointer_logits[0, 0].softmax(-1).float().cpu().numpy()
+        speak, update = (logits[0, 0].softmax(-1)[1].item() for logits in (out.speak_logits, out.update_logits))
+        states, pointer = (logits[0, 0].softmax(-1).float().cpu().numpy() for logits in (out.state_logits, out.pointer_logits))
         if self.filter: after = self.filter(pointer)
         else: after = states.argmax(-1).astype(np.int8) if update >= self.update_threshold else self.told
         if (after != self.told).any(): self.pending += layout.update(self.told, after, self.names)
         self.told = np.array(after)
         text = self._say() if speak >= self.speak_threshold else None
-        return StepResult(speak, update, states, pointer, self.told.copy(), text, self.cache.get_seq_length(), (time.perf_counter() - began)*1e3, dropped)
+        latency_ms = (time.perf_counter() - began)*1e3
+        return StepResult(speak, update, states, pointer, self.told.copy(), text, self.cache.get_seq_length(), latency_ms, dropped)
 
     def _say(self) -> str:
         "Greedy decoding of a reply after what is pending; leaves its end to be fed with the next frame."
@@ -125,9 +129,9 @@ class StreamRunner:
         self.pending = [self.layout.end_id] + self.layout.turn_end
         return self.layout.decode(said)
 
-# %% ../nbs/11_stream.ipynb #2f10559d
+# %% ../nbs/11_stream.ipynb #54406dd7
 def stream_record(model, layout, record, frames, name:str='model', dataset=None, seed:int=0, meta=None, **options) -> Trace:
-    "Stream the `frames` of a record (an iterable of uint8 [H, W, 3]) and return the trace. The reference words and states are not looked at."
+    "Stream the `frames` of a record (an iterable of uint8 [H, W, 3]) → the trace. The reference words and states are not looked at."
     runner = StreamRunner(model, layout, [s.name for s in record.steps], record.goal, record.knowledge, **options)
     said = {f: [t.content for t in turns if t.role == 'user'] for f, turns in record.turns_at().items()}
     trace_frames, events = [], []
@@ -136,15 +140,22 @@ def stream_record(model, layout, record, frames, name:str='model', dataset=None,
         r = runner.push(image, said.get(i, ()))
         events += [dict(type='user', frame=i, time=time_s, text=text) for text in said.get(i, ())]
         if r.dropped_tokens: events.append(dict(type='overflow', frame=i, time=time_s, dropped_tokens=r.dropped_tokens))
-        if (r.state != before).any(): events.append(dict(type='state', frame=i, time=time_s, transitions=[[int(x) for x in t] for t in transitions(before, r.state)]))
+        if (r.state != before).any():
+            changes = [[int(x) for x in t] for t in transitions(before, r.state)]
+            events.append(dict(type='state', frame=i, time=time_s, transitions=changes))
         if r.text is not None: events.append(dict(type='assistant', frame=i, time=time_s, text=r.text))
-        trace_frames.append(TraceFrame(index=i, time=time_s, speak_prob=r.speak_prob, update_prob=r.update_prob, state_probs=r.state_probs.tolist(), state=r.state.tolist(),
-                                       text=r.text, cache_tokens=r.cache_tokens, latency_ms=r.latency_ms, pointer_probs=r.pointer_probs.tolist()))
-    return Trace(video_uid=record.video_uid, dataset=record.dataset, fps=record.fps, model=name, strategy=runner.strategy.name, filter=runner.filter is not None, goal=record.goal,
-                 steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
-                 meta=dict(thresholds=dict(speak=runner.speak_threshold, update=runner.update_threshold), seed=seed, **(meta or {})))
+        trace_frames.append(TraceFrame(
+            index=i, time=time_s, speak_prob=r.speak_prob, update_prob=r.update_prob, state_probs=r.state_probs.tolist(),
+            pointer_probs=r.pointer_probs.tolist(), state=r.state.tolist(), text=r.text,
+            cache_tokens=r.cache_tokens, latency_ms=r.latency_ms))
+    thresholds = dict(speak=runner.speak_threshold, update=runner.update_threshold)
+    return Trace(
+        video_uid=record.video_uid, dataset=record.dataset, fps=record.fps, goal=record.goal,
+        model=name, strategy=runner.strategy.name, filter=runner.filter is not None,
+        steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
+        meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #8cb0bca9
+# %% ../nbs/11_stream.ipynb #19b44316
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -162,7 +173,7 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #546a095d
+# %% ../nbs/11_stream.ipynb #15e6da51
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     "Stream a video file at `cfg.eval.fps`; writes the trace to `out` and its picture beside it."
     task, fps = read_steps(steps_file), cfg.eval.fps
@@ -170,14 +181,16 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     first = next(decoded)                                       # a broken video is said before the model is loaded
     model, layout = load_pretrained(checkpoint)
     frames = [f.image for f in tqdm(itertools.chain([first], decoded), desc='frames')]
-    record = VideoRecord(video_uid=Path(video).stem, dataset='file', fps=fps, duration=(len(frames) - 1)/fps, goal=task['goal'], knowledge=task['knowledge'],
+    record = VideoRecord(video_uid=Path(video).stem, dataset='file', fps=fps, duration=(len(frames) - 1)/fps,
+                         goal=task['goal'], knowledge=task['knowledge'],
                          steps=[Step(id=f'S{k+1}', name=name, spans=[]) for k, name in enumerate(task['steps'])],
                          turns=[Turn(role='user', time=t['time'], content=t['content']) for t in task['turns']])
-    trace = stream_record(model.eval(), layout, record, frames, name=str(checkpoint), strategy=make_strategy(cfg.context_strategy), max_reply_tokens=cfg.eval.max_reply_tokens)
+    trace = stream_record(model.eval(), layout, record, frames, name=str(checkpoint),
+                          strategy=make_strategy(cfg.context_strategy), max_reply_tokens=cfg.eval.max_reply_tokens)
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #f75b4b6f
+# %% ../nbs/11_stream.ipynb #b5c2abc6
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
 Streams a video file through a trained model; leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
 
@@ -198,7 +211,8 @@ def main(argv=None):
     picture = Path(options['out']).with_suffix('.png')
     from dst_smolvlm.lanes import timeline_figure
     with atomic_write(picture, 'wb') as f: timeline_figure(trace).savefig(f, format='png', dpi=110, bbox_inches='tight')
-    print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {sum(e['type'] == 'state' for e in trace.events)} state changes; {options['out']} and {picture.name}")
+    changes = sum(e['type'] == 'state' for e in trace.events)
+    print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #f6da1089
+# %% ../nbs/11_stream.ipynb #53b24791
 if __name__ == '__main__' and '__file__' in globals(): main()

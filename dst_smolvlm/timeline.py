@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figure_png', 'cursor_svg', 'states_html', 'decisions_html', 'words_html', 'frame_png', 'TimelineWidget']
 
-# %% ../nbs/14_timeline.ipynb #029f08d4
+# %% ../nbs/14_timeline.ipynb #6d9f59cd
 import html, io
 
 import ipywidgets as widgets
@@ -20,7 +20,7 @@ from .records import VideoRecord
 from .state import STATE_NAMES
 from .trace import Trace, reference_speech
 
-# %% ../nbs/14_timeline.ipynb #c871ed58
+# %% ../nbs/14_timeline.ipynb #e88d8e9b
 def figure_png(figure: Figure, dpi: int=96) -> tuple[bytes, float, float]:
     "PNG of `figure`; where time 0 of its first axes lies, and how far a second reaches, as shares of the width."
     figure.set_dpi(dpi)
@@ -29,14 +29,14 @@ def figure_png(figure: Figure, dpi: int=96) -> tuple[bytes, float, float]:
     (zero, _), (one, _) = figure.axes[0].transData.transform([(0, 0), (1, 0)])/figure.bbox.width
     return out.getvalue(), zero, one - zero
 
-# %% ../nbs/14_timeline.ipynb #8f30a433
+# %% ../nbs/14_timeline.ipynb #c84bd2ef
 def cursor_svg(share: float, width: int, height: int) -> str:
     "A vertical line at `share` of the width, as an SVG of the picture's size."
     x = share*width
     return (f'<svg width="{width}" height="{height}" style="display:block;pointer-events:none">'
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#000" stroke-width="1.5" opacity=".75"/></svg>')
 
-# %% ../nbs/14_timeline.ipynb #51d0cd52
+# %% ../nbs/14_timeline.ipynb #9221a19a
 def _chip(state: int) -> str:
     "A state as a coloured label."
     return (f'<span style="background:{STATE_COLORS[state]};color:{"#fff" if state == 2 else "#222"};padding:1px 6px;border-radius:3px;'
@@ -48,24 +48,27 @@ def states_html(trace: Trace, frame: int, true: np.ndarray|None=None) -> str:
     cell = lambda x, style='': f'<td style="padding:2px 8px;text-align:left;{style}">{x}</td>'
     red = f'outline:2px solid {WRONG};outline-offset:-2px'
     truth = lambda k: '' if true is None else cell(_chip(true[frame, k]), red*bool(true[frame, k] != f.state[k]))
-    rows = ''.join('<tr>' + cell(f'{k+1}. {html.escape(step.name)}') + cell(_chip(f.state[k])) + cell(f'{f.state_probs[k][f.state[k]]:.2f}') + truth(k) +
-                   '</tr>' for k, step in enumerate(trace.steps))
+    def row(k, name):
+        believed, prob = cell(_chip(f.state[k])), cell(f'{f.state_probs[k][f.state[k]]:.2f}')
+        return f'<tr>{cell(f"{k+1}. {html.escape(name)}")}{believed}{prob}{truth(k)}</tr>'
+    rows = ''.join(row(k, step.name) for k, step in enumerate(trace.steps))
     return f'<table style="font-size:12px;line-height:1.4"><tr>{"".join(cell(f"<b>{h}</b>") for h in head)}</tr>{rows}</table>'
 
-# %% ../nbs/14_timeline.ipynb #6f8134d8
+# %% ../nbs/14_timeline.ipynb #23de80b6
 def decisions_html(trace: Trace, frame: int) -> str:
     "P(speak) and P(update) at `frame` as bars with a mark at the threshold."
     def bar(name, prob, color):
         yes = prob >= trace.threshold(name)
+        filled = f'left:0;top:0;bottom:0;width:{100*prob:.0f}%;background:{color};opacity:{1 if yes else .45}'
+        mark = f'top:-2px;bottom:-2px;left:{100*trace.threshold(name):.0f}%;border-left:1.5px solid #333'
         return (f'<div style="display:flex;align-items:center;font-size:12px;margin:3px 0"><span style="width:68px">P({name})</span>'
-                f'<span style="position:relative;width:150px;height:12px;background:#eee"><span style="position:absolute;left:0;top:0;bottom:0;'
-                f'width:{100*prob:.0f}%;background:{color};opacity:{1 if yes else .45}"></span><span style="position:absolute;top:-2px;bottom:-2px;'
-                f'left:{100*trace.threshold(name):.0f}%;border-left:1.5px solid #333"></span></span>'
+                f'<span style="position:relative;width:150px;height:12px;background:#eee">'
+                f'<span style="position:absolute;{filled}"></span><span style="position:absolute;{mark}"></span></span>'
                 f'<span style="margin-left:8px">{prob:.2f}{" <b>yes</b>" if yes else ""}</span></div>')
     f = trace.frames[frame]
     return bar('speak', f.speak_prob, SPEAK) + bar('update', f.update_prob, UPDATE)
 
-# %% ../nbs/14_timeline.ipynb #a631dcea
+# %% ../nbs/14_timeline.ipynb #12cbcdfd
 def words_html(trace: Trace, frame: int, expected: dict[int, str]|None=None, last: int=8) -> str:
     "The `last` things said up to `frame`, and what should have been said (frame → text)."
     said = [(e['frame'], 0, e['type'], e['text']) for e in trace.events if e['type'] == 'user']
@@ -75,7 +78,7 @@ def words_html(trace: Trace, frame: int, expected: dict[int, str]|None=None, las
                    for i, _, who, text in sorted(w for w in said if w[0] <= frame)[-last:])
     return f'<div style="font-size:12px;line-height:1.5">{rows or "<i>nothing said yet</i>"}</div>'
 
-# %% ../nbs/14_timeline.ipynb #c215e9be
+# %% ../nbs/14_timeline.ipynb #a6f66d7b
 def frame_png(image: np.ndarray, size: int=288) -> bytes:
     "A frame, uint8 [H, W, 3], as PNG whose longer side is `size` pixels; small pictures keep their hard pixels."
     image, out = Image.fromarray(np.asarray(image)), io.BytesIO()
@@ -83,7 +86,7 @@ def frame_png(image: np.ndarray, size: int=288) -> bytes:
     image.resize((round(image.width*scale), round(image.height*scale)), Image.NEAREST if scale > 1 else Image.BILINEAR).save(out, 'PNG')
     return out.getvalue()
 
-# %% ../nbs/14_timeline.ipynb #6ea47363
+# %% ../nbs/14_timeline.ipynb #ff969ace
 class TimelineWidget(widgets.VBox):
     "Plays back a trace: frame, decisions, states, lanes with a moving cursor, and the words so far."
     def __init__(
@@ -113,9 +116,11 @@ class TimelineWidget(widgets.VBox):
         widgets.jslink((self.play, 'value'), (self.slider, 'value'))
         self.clock, self.picture = widgets.HTML(), widgets.Image(format='png', layout=widgets.Layout(align_self='flex-start'))
         self.decisions, self.states, self.words = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        lanes = widgets.Image(value=png, format='png', layout=widgets.Layout(width=width, height=height, min_height=height, margin='0'))
-        self.cursor = widgets.HTML(layout=widgets.Layout(width=width, height=height, min_height=height, margin=f'-{height} 0 0 0', overflow='hidden'))
-        top = ([self.picture] if self.frames is not None else []) + [widgets.VBox([self.decisions, self.states], layout=widgets.Layout(margin='0 0 0 16px'))]
+        size = dict(width=width, height=height, min_height=height)
+        lanes = widgets.Image(value=png, format='png', layout=widgets.Layout(**size, margin='0'))
+        self.cursor = widgets.HTML(layout=widgets.Layout(**size, margin=f'-{height} 0 0 0', overflow='hidden'))
+        beliefs = widgets.VBox([self.decisions, self.states], layout=widgets.Layout(margin='0 0 0 16px'))
+        top = [beliefs] if self.frames is None else [self.picture, beliefs]
         return [widgets.HBox([self.play, self.slider, self.clock]), widgets.HBox(top), widgets.VBox([lanes, self.cursor]), self.words]
 
     def show(self, frame: int):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'DSTTrainer', 'check_ranks', 'same_run', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #b12b30a2
+# %% ../nbs/09_train.ipynb #85b274e3
 import json, os, shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,11 +18,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import InputError, atomic_write, parse_cli, run_cli, save_config
-from .dataset import DSTStreamDataset, StreamCollator, load_scenes
+from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load_scenes
 from .loss import PARTS, LossConfig, loss_counts, multitask_loss
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #b6f960e1
+# %% ../nbs/09_train.ipynb #72fb834e
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -31,20 +31,22 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     drop_replies: float = .12      # share of rows without the assistant's words
     from_middle: float = .5        # share of rows that begin in the middle of a video, from its true state
     dialogues: int = 0             # rows of dialogue without frames beside every stream: a tiny model learns to copy words from them
-    glimpses: int = 0              # single frames beside every stream that train the pointer on other compositions
+    glimpses: int = 0              # other scenes beside every stream, four frames of each, that train the pointer
     remove_unused_columns: bool = False
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #d297d040
+# %% ../nbs/09_train.ipynb #baeeddb8
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
     unknown = set(values) - {f.name for f in fields(DSTTrainingArguments)}
-    if unknown: raise InputError(f"train.{sorted(unknown)[0]}: the trainer has no such argument; see transformers.TrainingArguments and DSTTrainingArguments")
+    if unknown:
+        raise InputError(f'train.{sorted(unknown)[0]}: the trainer has no such argument; '
+                         'see transformers.TrainingArguments and DSTTrainingArguments')
     try: return DSTTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as e: raise InputError(f'train: {e}') from None
 
-# %% ../nbs/09_train.ipynb #572b9854
+# %% ../nbs/09_train.ipynb #18697ced
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -77,7 +79,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #38945d8c
+# %% ../nbs/09_train.ipynb #144258da
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -86,16 +88,17 @@ def check_ranks(trainer) -> str:
                          'and launch with `accelerate launch --config_file`, or with torchrun')
     total = torch.stack([p.detach().float().cpu().double().sum() for p in trainer.model.parameters()]).sum()
     sums = acc.gather(total[None].to(acc.device))
-    if not torch.equal(sums, sums[:1].expand_as(sums)): raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
+    if not torch.equal(sums, sums[:1].expand_as(sums)):
+        raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #e7a0c8d2
+# %% ../nbs/09_train.ipynb #c496aafd
 def same_run(cfg, out:Path) -> bool:
     "Is what lies in `out` of the same configuration?"
     path = out/'config.yaml'
     return path.is_file() and OmegaConf.to_container(OmegaConf.load(path)) == OmegaConf.to_container(cfg)
 
-# %% ../nbs/09_train.ipynb #1fcdfa8b
+# %% ../nbs/09_train.ipynb #c3477e47
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -106,8 +109,9 @@ def train(cfg) -> DSTTrainer | None:
         return None
     transformers.set_seed(args.seed)
     model, layout = load_model(cfg.model, seed=args.seed)
-    data = DSTStreamDataset(load_scenes(cfg.data, 'train'), layout, model.config.vision_config.image_size, args.max_seq_len, args.corrupt_told, args.drop_replies,
-                            args.from_middle, args.negative_keep, args.dialogues, args.glimpses, args.seed)
+    data = DSTStreamDataset(load_scenes(cfg.data, 'train'), layout, model.config.vision_config.image_size, args.max_seq_len,
+                            args.corrupt_told, args.drop_replies, args.from_middle, args.negative_keep,
+                            args.dialogues, args.glimpses, load_glimpse_scenes(cfg.data), args.seed)
     trainer = DSTTrainer(model=model, args=args, train_dataset=data, data_collator=StreamCollator(layout.tokenizer.pad_token_id))
     line, first = check_ranks(trainer), trainer.is_world_process_zero()
     if first:
@@ -123,7 +127,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #b9c4f847
+# %% ../nbs/09_train.ipynb #e9ace8a5
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -135,5 +139,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #613e53d2
+# %% ../nbs/09_train.ipynb #d2a79820
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SHAPES', 'SPLITS', 'QUESTIONS', 'Part', 'all_parts', 'draw_part', 'WorldConfig', 'Scene', 'split_of',
            'reply', 'make_scene', 'in_hand', 'render_frame', 'render', 'replay', 'build_sample', 'main']
 
-# %% ../nbs/03_world.ipynb #06fe806f
+# %% ../nbs/03_world.ipynb #b8fb561b
 import hashlib, math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .records import Step, Turn, VideoRecord, write_records
 from .state import agenda
 from .video import write_video
 
-# %% ../nbs/03_world.ipynb #c243e7dc
+# %% ../nbs/03_world.ipynb #038e386f
 COLOURS = dict(red=(214, 48, 49), green=(0, 148, 84), blue=(40, 96, 216), yellow=(246, 205, 60), purple=(140, 72, 178),
                orange=(240, 130, 30), cyan=(70, 200, 222), white=(244, 244, 240))
 SHAPES = ('circle', 'ring', 'cross', 'bar', 'triangle', 'star', 'square')
@@ -30,7 +30,7 @@ class Part:
     shape: str
     def __str__(self): return f'{self.colour} {self.shape}'
 
-# %% ../nbs/03_world.ipynb #324f5c34
+# %% ../nbs/03_world.ipynb #47df3e25
 def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]:
     "Every part of a world in which parts differ by `colour`, by `shape`, or by `both`."
     if identity == 'colour': return [Part(c, 'circle') for c in colours]
@@ -38,11 +38,13 @@ def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]
     if identity == 'both': return [Part(c, s) for c in colours for s in shapes]
     raise InputError(f"data.world.identity={identity}: choose 'colour', 'shape' or 'both'")
 
-# %% ../nbs/03_world.ipynb #62fd01ff
+# %% ../nbs/03_world.ipynb #00bf18d7
 def draw_part(draw, part:Part, x:float, y:float, r:float):
     "Draw `part` with radius `r` pixels around (`x`, `y`)."
     fill, line = COLOURS[part.colour], (20, 20, 20)
-    ring = lambda n, radii, turn: [(x + q*math.cos(turn + 2*math.pi*k/n), y + q*math.sin(turn + 2*math.pi*k/n)) for k, q in zip(range(n), radii)]
+    def ring(n, radii, turn):
+        angles = [turn + 2*math.pi*k/n for k in range(n)]
+        return [(x + q*math.cos(a), y + q*math.sin(a)) for a, q in zip(angles, radii)]
     if part.shape == 'circle': draw.ellipse((x-r, y-r, x+r, y+r), fill=fill, outline=line)
     elif part.shape == 'ring':
         draw.ellipse((x-r, y-r, x+r, y+r), fill=fill, outline=line)
@@ -56,12 +58,13 @@ def draw_part(draw, part:Part, x:float, y:float, r:float):
         draw.polygon([(x+dx, y+dy) for dx, dy in ((-b,-a),(b,-a),(b,-b),(a,-b),(a,b),(b,b),(b,a),(-b,a),(-b,b),(-a,b),(-a,-b),(-b,-b))],
                      fill=fill, outline=line)
 
-# %% ../nbs/03_world.ipynb #c41c58d9
+# %% ../nbs/03_world.ipynb #457b0e19
 @dataclass(frozen=True)
 class WorldConfig:
     identity: str = 'both'         # what tells parts apart: 'colour', 'shape' or 'both'
     shapes: int = 4                # how many of the seven shapes there are
-    palette: int = 8               # colours that occur in one video: with few, the shape has to tell
+    palette: int = 8               # colours that occur in one video
+    few_colours: float = 0.        # share of videos in two colours only, where the shape has to tell
     min_steps: int = 3
     max_steps: int = 8
     random_order: float = .6       # share of videos whose order is not the listed one
@@ -79,7 +82,7 @@ class WorldConfig:
     fps: float = 2.
     image_size: int = 64
 
-# %% ../nbs/03_world.ipynb #4253eadf
+# %% ../nbs/03_world.ipynb #99b77015
 @dataclass
 class Scene:
     record: VideoRecord
@@ -93,7 +96,7 @@ class Scene:
         "When something is in the hand: (start, end) in seconds of every step and wrong pick."
         return [s for step in self.record.steps for s in step.spans if s[0] >= 0] + [(a, b) for a, b, _ in self.wrong]
 
-# %% ../nbs/03_world.ipynb #d7807863
+# %% ../nbs/03_world.ipynb #60f0c5fb
 SPLITS = ('train', 'validation', 'test')
 
 def split_of(parts) -> str:
@@ -101,7 +104,7 @@ def split_of(parts) -> str:
     digest = hashlib.sha256(','.join(sorted(map(str, parts))).encode()).digest()[0]
     return SPLITS[0] if digest % 10 < 8 else SPLITS[1] if digest % 10 == 8 else SPLITS[2]
 
-# %% ../nbs/03_world.ipynb #098b0713
+# %% ../nbs/03_world.ipynb #1f34c27a
 def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
     "Frames of every step (by position in `order`), of wrong picks and of questions, and the number of frames."
     spans, wrong, asked, t, overlaps = [], [], [], int(rng.integers(cfg.min_idle, cfg.max_idle + 1)), False
@@ -118,7 +121,7 @@ def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
         t += idle
     return spans, wrong, asked, t + cfg.min_idle
 
-# %% ../nbs/03_world.ipynb #de59b896
+# %% ../nbs/03_world.ipynb #e9e29092
 QUESTIONS = ('What should I do now?', 'Which step is it?', 'What comes now?')
 
 def reply(kind:str, state, names) -> str:
@@ -127,24 +130,34 @@ def reply(kind:str, state, names) -> str:
     what = 'All steps are done.' if k is None else f'{when.capitalize()}, {names[k]}.'
     return {'start': 'Hello. ', 'completed': 'Well done. ', 'mistake': 'Wrong part. ', 'question': ''}[kind] + what
 
-# %% ../nbs/03_world.ipynb #95363a92
+# %% ../nbs/03_world.ipynb #1a08114a
+def _compose(pool, split, cfg:WorldConfig, rng) -> tuple[list[Part], list[Part]]:
+    "Parts of the steps of a video, a composition that belongs to `split`, and the parts that are left for mistakes."
+    most = min(cfg.max_steps, len(pool) - 1)
+    if most < cfg.min_steps:
+        raise InputError(f'data.world.min_steps={cfg.min_steps}: a video of this world has {len(pool)} parts, and one is kept for '
+                         f'mistakes; use at most {len(pool) - 1} steps, or more colours or shapes')
+    for _ in range(10_000):
+        order = [pool[i] for i in rng.permutation(len(pool))]
+        n = int(rng.integers(cfg.min_steps, most + 1))
+        if split_of(order[:n]) == split: return order[:n], order[n:]
+    raise InputError(f'data.world: its {len(pool)} parts make too few compositions, none of them for {split}; use more colours or shapes')
+
+# %% ../nbs/03_world.ipynb #16cf22e4
 def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed:int=0) -> Scene:
     "Scene number `index` of a split."
     if split not in SPLITS: raise InputError(f"split={split}: choose one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    colours = [str(c) for c in rng.permutation(list(COLOURS))[:cfg.palette]]
+    few = cfg.identity == 'both' and rng.random() < cfg.few_colours
+    colours = [str(c) for c in rng.permutation(list(COLOURS))[:2 if few else cfg.palette]]
     pool = all_parts(cfg.identity, colours, SHAPES[:cfg.shapes])
-    if cfg.max_steps >= len(pool): raise InputError(f'data.world.max_steps={cfg.max_steps}: a world by {cfg.identity} with {cfg.palette} colours and {cfg.shapes} shapes has {len(pool)} parts, one is kept for mistakes; use at most {len(pool) - 1}')
-    while True:
-        drawn = [pool[i] for i in rng.permutation(len(pool))[:rng.integers(cfg.min_steps, cfg.max_steps + 1)]]
-        if split_of(drawn) == split: break
+    drawn, others = _compose(pool, split, cfg, rng)
     order = np.arange(len(drawn))
     if rng.random() < cfg.random_order:
         while (order == np.arange(len(drawn))).all(): order = rng.permutation(len(drawn))
     boxes = [int(b) for b in rng.integers(1, 4, len(drawn))]
     spans, wrong, asked, n = _plan(order, cfg, rng)
     late = lambda frame: round((frame - rng.random()*.9)/cfg.fps, 3) if frame else 0.   # an event lies up to a frame before it is seen
-    others = [p for p in pool if p not in drawn]
     steps = [Step(id=f'S{i+1}', name=f'put the {p} in box {b}', spans=[]) for i, (p, b) in enumerate(zip(drawn, boxes))]
     for i, (a, b) in zip(order, spans): steps[i].spans.append((late(a), late(b)))
     record = VideoRecord(video_uid=f'toy-{split}-{seed}-{index:05d}', dataset='toy', fps=cfg.fps, duration=(n - 1)/cfg.fps,
@@ -154,7 +167,7 @@ def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed
     record.turns.extend(_speak(record, sorted(events), rng))
     return Scene(record, drawn, boxes, picks, seed=int(rng.integers(2**31)), config=cfg)
 
-# %% ../nbs/03_world.ipynb #ff472d43
+# %% ../nbs/03_world.ipynb #56491297
 def _speak(record:VideoRecord, events, rng) -> list[Turn]:
     "Turns for `events` [(frame, kind)], from the true states."
     states, names, turns = record.states(), [s.name for s in record.steps], []
@@ -164,7 +177,7 @@ def _speak(record:VideoRecord, events, rng) -> list[Turn]:
         turns.append(Turn(role='assistant', time=t, content=reply(kind, states[frame], names)))
     return turns
 
-# %% ../nbs/03_world.ipynb #3fa8da3f
+# %% ../nbs/03_world.ipynb #de0acdcc
 def _path(u:float, box:int, size:int) -> tuple[float, float]:
     "Where a part is at share `u` of its way (0 at the tray, 1 in the box), in pixels."
     tray, centre, target = (.5, .30), (.5, .48), (.22 + .28*(box - 1), .64)
@@ -188,7 +201,7 @@ def _draw_hand(draw, x:float, y:float, size:int):
     draw.line((x + 10*s, size + 4*s, x + 3*s, y + 9*s), fill=skin, width=round(9*s))
     draw.ellipse((x-6*s, y+3*s, x+8*s, y+15*s), fill=skin, outline=(150, 100, 80))
 
-# %% ../nbs/03_world.ipynb #c8db0044
+# %% ../nbs/03_world.ipynb #3b451093
 def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
     "(part, share of the way, box) of everything that is carried at `t` seconds."
     carried = []
@@ -201,7 +214,7 @@ def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
         if start <= t < end: carried.append((part, .2*min(1, (end - t)*2/(end - start)), 1))   # it goes back to the tray
     return carried
 
-# %% ../nbs/03_world.ipynb #793d619f
+# %% ../nbs/03_world.ipynb #4be5fcfa
 def render_frame(scene:Scene, i:int) -> np.ndarray:
     "Frame `i` as uint8 [H, W, 3]."
     cfg, rng = scene.config, np.random.default_rng([scene.seed, i])
@@ -222,27 +235,28 @@ def render_frame(scene:Scene, i:int) -> np.ndarray:
         else: draw.ellipse((x-r, y-r, x+r, y+r), fill=(222, 174, 140), outline=(150, 100, 80))
     if not carried and rng.random() < .6: _draw_hand(draw, rng.uniform(.2, .8)*size, rng.uniform(.45, .75)*size, size)
     light = 1 + cfg.light*math.sin(phase + swing*t) + rng.normal(0, .02)
-    noise = rng.integers(-6, 7, (size, size, 1))
-    return (np.asarray(img)*light + noise).clip(0, 255).astype(np.uint8)
+    noise = rng.integers(-6, 7, (size, size, 1), dtype=np.int8)
+    return (np.asarray(img, np.float32)*np.float32(light) + noise).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/03_world.ipynb #c23a814b
+# %% ../nbs/03_world.ipynb #7c7eb999
 def render(scene:Scene, start:int=0, stop:int|None=None) -> np.ndarray:
     "Frames `start` to `stop` (all by default) as uint8 [T, H, W, 3]."
     stop = scene.record.num_frames() if stop is None else stop
     return np.stack([render_frame(scene, i) for i in range(start, stop)])
 
-# %% ../nbs/03_world.ipynb #e2a60c0e
+# %% ../nbs/03_world.ipynb #fda35373
 def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     "A scene that draws the timeline of `record`; the names of its steps tell the part that stands for each."
     seed = int.from_bytes(hashlib.sha256(record.video_uid.encode()).digest()[:4], 'big')
     pool, rng = all_parts(cfg.identity, shapes=SHAPES[:cfg.shapes]), np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-len(record.steps)//len(pool)))])   # repeats only when parts run out
+    rounds = math.ceil(len(record.steps)/len(pool))             # a part comes back only when all have been used
+    order = np.concatenate([rng.permutation(len(pool)) for _ in range(rounds)])
     parts = [pool[i] for i in order[:len(record.steps)]]
     steps = [s.model_copy(update={'name': f'{s.name} ({p})'}) for s, p in zip(record.steps, parts)]
     return Scene(record.model_copy(update={'steps': steps}), parts, [1 + i % 3 for i in range(len(parts))], seed=seed,
                  config=replace(cfg, fps=record.fps))
 
-# %% ../nbs/03_world.ipynb #2218a935
+# %% ../nbs/03_world.ipynb #b044b139
 def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> list[VideoRecord]:
     "Write `n` short test videos as mp4 and their records as `toy.jsonl` into the folder `out`."
     out, records = Path(out), []
@@ -254,7 +268,7 @@ def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> lis
     write_records(records, out/'toy.jsonl')
     return records
 
-# %% ../nbs/03_world.ipynb #27f7e630
+# %% ../nbs/03_world.ipynb #9527cf19
 @run_cli
 def main(argv=None):
     "The command: `sample --out FOLDER` writes eight short test videos and their records."
@@ -264,5 +278,5 @@ def main(argv=None):
     records = build_sample(argv[2])
     print(f'{len(records)} videos and toy.jsonl in {argv[2]}')
 
-# %% ../nbs/03_world.ipynb #931cf71e
+# %% ../nbs/03_world.ipynb #fc311760
 if __name__ == '__main__' and '__file__' in globals(): main()

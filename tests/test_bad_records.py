@@ -1,4 +1,4 @@
-"""Whatever is wrong with an annotation, the reader says so in one line that names file, record and field, and raises nothing but RecordError."""
+"""Whatever is wrong with an annotation, the reader says so in one line with file, record and field, and raises nothing but RecordError."""
 import copy, json
 
 import pytest
@@ -10,10 +10,12 @@ from dst_smolvlm.records import RecordError, read_records
 NATIVE = {'video_uid': 'tea', 'dataset': 'kitchen', 'duration': 6.0, 'steps': [{'id': 'S1', 'name': 'boil the water', 'spans': [[0, 3]]}],
           'turns': [{'role': 'assistant', 'time': 0, 'content': 'First boil the water.'}]}
 DST = {'video_uid': 'toy', 'dataset': 'assembly', 'fps': 2, 'end_frame_idx': 20, 'inferred_goal': 'Assemble a toy',
-       'conversation': [{'role': 'system', 'content': 'Help.'}, {'role': 'DST_UPDATE', 'content': [{'id': 'S1', 'transition': 'start'}], 'time': 1.0},
+       'conversation': [{'role': 'system', 'content': 'Help.'},
+                        {'role': 'DST_UPDATE', 'content': [{'id': 'S1', 'transition': 'start'}], 'time': 1.0},
                         {'role': 'assistant', 'content': 'Take the wheel.', 'time': 1.0}],
        'dst': [{'type': 'step', 'id': 'S1', 'name': 'attach the wheel', 'start_ts': 1.0, 'end_ts': 4.5}]}
-HOLOASSIST = {'video_name': 'lamp', 'taskType': 'assemble lamp', 'videoMetadata': {'duration': {'raw': '00:01:02.50', 'seconds': 62}}, 'events': [
+LENGTH = {'duration': {'raw': '00:01:02.50', 'seconds': 62}}
+HOLOASSIST = {'video_name': 'lamp', 'taskType': 'assemble lamp', 'videoMetadata': LENGTH, 'events': [
     {'label': 'Coarse grained action', 'start': 5.0, 'end': 9.0, 'attributes': {'Action sentence': 'The student takes the foot.'}},
     {'label': 'Conversation', 'start': 4.0, 'end': 5.0,
      'attributes': {'Conversation Purpose': 'instructor-start-conversation_other', 'Transcription': 'Take it.'}}]}
@@ -101,8 +103,9 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
     (tmp_path/'picture.jsonl').write_bytes(b'\xff\xd8\xff\xe0')
     (tmp_path/'nothing').mkdir()
     (tmp_path/'folder.json').mkdir()
-    for path, why in ((tmp_path/'gone.jsonl', 'no such file'), (tmp_path/'picture.jsonl', 'not a readable text file'), (tmp_path/'nothing', 'without .json')):
-        with pytest.raises(RecordError, match=why): read_records(path)
+    whys = {'gone.jsonl': 'no such file', 'picture.jsonl': 'not a readable text file', 'nothing': 'without .json'}
+    for name, why in whys.items():
+        with pytest.raises(RecordError, match=why): read_records(tmp_path/name)
 
 
 def test_one_bad_file_in_a_folder_is_named(tmp_path):

@@ -12,15 +12,18 @@ chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 
 pytestmark = pytest.mark.skipif(chromium is None, reason='skipped: Chromium not found')
 
 # Chromium must not call its maker's servers, nor expect more shared memory than a container has.
-chromium_args = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+chromium_args = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+                 '--disable-background-networking', '--disable-component-update', '--disable-sync']
 
 READY = """() => {
     const panel = window.jupyterapp?.shell.currentWidget;
     return panel?.context?.isReady && panel.sessionContext.isReady && panel.sessionContext.session.kernel.status === 'idle';
 }"""
 OUTCOME = """() => {
-    const cells = window.jupyterapp.shell.currentWidget.context.model.toJSON().cells.filter(cell => cell.cell_type === 'code' && cell.source.trim());
-    return {errors: cells.flatMap(cell => cell.outputs).filter(output => output.output_type === 'error').map(error => `${error.ename}: ${error.evalue}`),
+    const notebook = window.jupyterapp.shell.currentWidget.context.model.toJSON();
+    const cells = notebook.cells.filter(cell => cell.cell_type === 'code' && cell.source.trim());
+    const errors = cells.flatMap(cell => cell.outputs).filter(output => output.output_type === 'error');
+    return {errors: errors.map(error => `${error.ename}: ${error.evalue}`),
             not_run: cells.filter(cell => !cell.execution_count).map(cell => cell.source)};
 }"""
 FINISHED = f"() => {{ const outcome = ({OUTCOME})(); return outcome.errors.length > 0 || outcome.not_run.length === 0; }}"
@@ -33,17 +36,19 @@ def jupyterlab(folder, home):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     token, url = secrets.token_hex(16), f'http://127.0.0.1:{port}'
-    settings = {'config/labconfig/page_config.json': {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}},   # asks on start
-                'settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings': {'windowingMode': 'none'}}   # cells out of view stay in the page
+    no_questions = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}
+    whole_page = {'windowingMode': 'none'}                      # cells out of view stay in the page
+    settings = {'config/labconfig/page_config.json': no_questions,
+                'settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings': whole_page}
     for name, value in settings.items():
         (home/name).parent.mkdir(parents=True, exist_ok=True)
         (home/name).write_text(json.dumps(value))
-    env = {**os.environ, 'HOME': str(home), 'IPYTHONDIR': str(home/'ipython'), 'JUPYTER_CONFIG_DIR': str(home/'config'), 'JUPYTER_DATA_DIR': str(home/'data'),
-           'JUPYTER_RUNTIME_DIR': str(home/'runtime'), 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces'),
-           'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
+    folders = {'IPYTHONDIR': 'ipython', 'JUPYTER_CONFIG_DIR': 'config', 'JUPYTER_DATA_DIR': 'data', 'JUPYTER_RUNTIME_DIR': 'runtime',
+               'JUPYTERLAB_SETTINGS_DIR': 'settings', 'JUPYTERLAB_WORKSPACES_DIR': 'workspaces'}
+    env = {**os.environ, 'HOME': str(home), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **{k: str(home/v) for k, v in folders.items()}}
     with open(home/'server.log', 'w') as log:
-        options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={folder}',
-                   f'--IdentityProvider.token={token}', '--LabApp.expose_app_in_browser=True']
+        options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
+                   f'--ServerApp.root_dir={folder}', f'--IdentityProvider.token={token}', '--LabApp.expose_app_in_browser=True']
         server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], cwd=folder, env=env, stdout=log, stderr=log)
     try:
         for _ in range(120):

@@ -35,7 +35,8 @@ def output_text(cell):
     for output in cell.get('outputs', []):
         yield ''.join(output.get('text', [])) + '\n'.join(output.get('traceback', []))
         for mime, data in output.get('data', {}).items():
-            if not mime.startswith('image/') or mime == 'image/svg+xml': yield data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+            if mime.startswith('image/') and mime != 'image/svg+xml': continue
+            yield data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
 
 
 def test_export_leaves_no_difference(tmp_path):

@@ -17,7 +17,8 @@ def run(*args, **kwargs):
 def wheel(tmp_path_factory):
     "Built from a copy of the files that git does not ignore, so that nothing else can slip in and nothing is left behind."
     source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    names = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=root, capture_output=True, text=True, check=True).stdout
+    listing = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    names = subprocess.run(listing, cwd=root, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split('\0')):
         if not (root/name).is_file(): continue   # deleted, but not yet in git
         (source/name).parent.mkdir(parents=True, exist_ok=True)
