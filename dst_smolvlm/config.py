@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InputError', 'run_cli', 'conf_dir', 'compose_config', 'parse_cli', 'atomic_write', 'save_config']
 
-# %% ../nbs/00_config.ipynb #7fe3dc90
+# %% ../nbs/00_config.ipynb #86516d25
 import difflib, functools, os, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# %% ../nbs/00_config.ipynb #a21b774d
+# %% ../nbs/00_config.ipynb #bdb90804
 class InputError(ValueError):
     "Something the user gave is wrong; the message is one line that names it, says where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #7059c91b
+# %% ../nbs/00_config.ipynb #d251199c
 def run_cli(main):
     "Decorate a `main(argv=None)`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."
     @functools.wraps(main)
@@ -29,12 +29,15 @@ def run_cli(main):
         except InputError as e:
             print('error: ' + ' '.join(str(e).split()), file=sys.stderr)
             raise SystemExit(2) from None
+        except OSError as e:   # a folder that cannot be written, a full disk
+            print(f'error: {e.filename or ""}: {e.strerror or e}', file=sys.stderr)
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             print('interrupted', file=sys.stderr)
             raise SystemExit(130) from None
     return wrapper
 
-# %% ../nbs/00_config.ipynb #27b96747
+# %% ../nbs/00_config.ipynb #58100df9
 def conf_dir() -> Path:
     "The folder of YAML groups inside the installed package."
     import dst_smolvlm
@@ -48,7 +51,7 @@ def _known_keys(cfg, prefix='') -> list[str]:
         if isinstance(cfg._get_node(key), DictConfig): keys += _known_keys(cfg[key], f'{prefix}{key}.')
     return keys
 
-# %% ../nbs/00_config.ipynb #60f2c785
+# %% ../nbs/00_config.ipynb #2c51b35d
 def _explain(override: str, error: Exception, default: DictConfig) -> str:
     "One line that says what is wrong with `override`."
     key, _, value = override.lstrip('+~').partition('=')
@@ -63,7 +66,16 @@ def _explain(override: str, error: Exception, default: DictConfig) -> str:
         return f"{override}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else '; --cfg prints every key')
     return f"{override}: {' '.join(str(error).split())[:200]}"
 
-# %% ../nbs/00_config.ipynb #32a8ca1b
+# %% ../nbs/00_config.ipynb #8e8a4ea8
+def _check_numbers(cfg, default, prefix=''):
+    "Refuse text where the default is a number."
+    for key, value in cfg.items():
+        known = default.get(key)
+        if isinstance(value, DictConfig) and isinstance(known, DictConfig): _check_numbers(value, known, f'{prefix}{key}.')
+        elif isinstance(known, (int, float)) and isinstance(value, str):
+            raise InputError(f'{prefix}{key}={value}: must be a number, for example {known}')
+
+# %% ../nbs/00_config.ipynb #6a9adef4
 def compose_config(overrides=()) -> DictConfig:
     "The resolved configuration for dotted `overrides` such as `['data=toy', 'train.seed=1']`; raises `InputError`."
     def build(overrides):
@@ -72,7 +84,10 @@ def compose_config(overrides=()) -> DictConfig:
             cfg = compose(config_name='config', overrides=list(overrides))
             OmegaConf.resolve(cfg)
             return cfg
-    try: return build(overrides)
+    try:
+        cfg = build(overrides)
+        _check_numbers(cfg, build([o for o in overrides if (conf_dir()/o.partition('=')[0]).is_dir()]))
+        return cfg
     except (HydraException, OmegaConfBaseException) as e:
         for i, override in enumerate(overrides):   # the first override that does not compose is the one to name
             try: build(overrides[:i+1])
@@ -80,7 +95,7 @@ def compose_config(overrides=()) -> DictConfig:
                 raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
         raise InputError(' '.join(str(e).split())) from None
 
-# %% ../nbs/00_config.ipynb #3560ed8e
+# %% ../nbs/00_config.ipynb #b7b7cb24
 def parse_cli(argv, usage:str='') -> DictConfig:
     "Overrides in `argv` → configuration. `--cfg` prints it and leaves with status 0; `--help` prints `usage`."
     argv = list(argv)
@@ -91,7 +106,7 @@ def parse_cli(argv, usage:str='') -> DictConfig:
     if '--cfg' in argv: print(OmegaConf.to_yaml(cfg), end=''); raise SystemExit(0)
     return cfg
 
-# %% ../nbs/00_config.ipynb #a9edce81
+# %% ../nbs/00_config.ipynb #960b4757
 @contextmanager
 def atomic_write(path, mode:str='w'):
     "Open a temporary file that takes the name `path` only when the block ends without an error."
@@ -103,7 +118,7 @@ def atomic_write(path, mode:str='w'):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #ebca036f
+# %% ../nbs/00_config.ipynb #fed7fb33
 def save_config(cfg: DictConfig, folder) -> Path:
     "Write the resolved configuration as `folder/config.yaml` and return its path."
     path = Path(folder)/'config.yaml'

@@ -6,7 +6,7 @@
 __all__ = ['VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'load_glimpse_scenes', 'corrupt_told', 'DSTStreamDataset',
            'pad_stack', 'StreamCollator']
 
-# %% ../nbs/08_dataset.ipynb #396871d1
+# %% ../nbs/08_dataset.ipynb #3239f8ff
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from .prompt import layout_stream
 from .records import VideoRecord, read_records
 from .state import frame_of
 from .video import frames_to_pixels, iter_frames
-from .world import WorldConfig, make_scene, replay
+from .world import SPLITS, WorldConfig, make_scene, replay
 
-# %% ../nbs/08_dataset.ipynb #5aae0a99
+# %% ../nbs/08_dataset.ipynb #47a0de6c
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -40,7 +40,7 @@ class VideoScene:
         return np.stack(frames)
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #5cdf6f8e
+# %% ../nbs/08_dataset.ipynb #d344dc9a
 @dataclass
 class ToyScenes:
     "Scenes of the toy world by index, without end."
@@ -51,7 +51,7 @@ class ToyScenes:
     def __len__(self): return self.length
     def __getitem__(self, i): return make_scene(i, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #6b536748
+# %% ../nbs/08_dataset.ipynb #53d5ae38
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal records to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     ranked = sorted(records, key=lambda r: hashlib.sha256(r.video_uid.encode()).hexdigest())
@@ -59,28 +59,30 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     n_val, n_test = (max(1, round(shares[1]*n)), max(1, round(shares[2]*n))) if n >= 3 else (0, 0)
     return dict(validation=ranked[:n_val], test=ranked[n_val:n_val+n_test], train=ranked[n_val+n_test:])
 
-# %% ../nbs/08_dataset.ipynb #7c15d82f
+# %% ../nbs/08_dataset.ipynb #4d6cd5f7
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
-    if cfg.source == 'toy': return ToyScenes(split, cfg[f'{split}_videos'], cfg.seed, WorldConfig(**cfg.world))
+    if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
+    if cfg.source not in ('toy', 'replay', 'video'): raise InputError(f"data.source={cfg.source}: choose 'toy', 'replay' or 'video'")
+    try: world = WorldConfig(**cfg.world)
+    except TypeError as e: raise InputError(f"data.world: {str(e).removeprefix('WorldConfig.__init__() ')}") from None
+    if cfg.source == 'toy': return ToyScenes(split, cfg[f'{split}_videos'], cfg.seed, world)
     if not cfg.path: raise InputError(f'data.path: missing; data={cfg.name} needs the file or folder of its annotations, data.path=…')
     records = split_records(read_records(cfg.path)[:cfg.limit])[split]
-    if cfg.source == 'replay': return [replay(r, WorldConfig(**cfg.world)) for r in records]
-    if cfg.source == 'video':
-        for r in records:
-            if not r.video:
-                raise InputError(f'{cfg.path}: record {r.video_uid}: field video: missing; '
-                                 'data.source=replay draws a record without footage')
-        return [VideoScene(r, Path(cfg.path).parent/r.video) for r in records]
-    raise InputError(f"data.source={cfg.source}: choose 'toy', 'replay' or 'video'")
+    if cfg.source == 'replay': return [replay(r, world) for r in records]
+    for r in records:
+        if not r.video:
+            raise InputError(f'{cfg.path}: record {r.video_uid}: field video: missing; data.source=replay draws a record without footage')
+    folder = Path(cfg.path) if Path(cfg.path).is_dir() else Path(cfg.path).parent
+    return [VideoScene(r, folder/r.video) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #3721cf6c
+# %% ../nbs/08_dataset.ipynb #bae4d945
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from: in the toy world, `cfg.glimpse_world` changes its difficulty; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, WorldConfig(**{**cfg.world, **cfg.glimpse_world}))
 
-# %% ../nbs/08_dataset.ipynb #15e54c91
+# %% ../nbs/08_dataset.ipynb #3438d859
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -95,13 +97,14 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
             if kind in ('missed', 'late'):
                 row = told[i-1].copy()
                 if kind == 'late': pending = {i + int(rng.integers(1, 4)): True}
-            elif kind == 'wrong':
-                s = rng.integers(len(row)); row[s] = rng.integers(3)
+            elif kind == 'wrong':                         # what happened is told of another step
+                changed, other = np.flatnonzero(states[i] != states[i-1])[0], rng.integers(len(row))
+                row[changed], row[other] = told[i-1][changed], states[i][changed]
         elif pending.pop(i, False): row = states[i].copy()
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #4e3ce91b
+# %% ../nbs/08_dataset.ipynb #ace33727
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(self, scenes, layout, image_size:int, max_seq_len:int=2048, corrupt_told:float=.4, drop_replies:float=.12,
@@ -142,8 +145,11 @@ class DSTStreamDataset(Dataset):
         replies = not frames or rng.random() >= self.drop_replies
         stream = layout_stream(self.layout, record, told, start, replies=replies, frames=frames, max_tokens=self.max_seq_len)
         T = len(stream.frame_positions)
+        if frames and not T:
+            raise InputError(f'train.max_seq_len={self.max_seq_len}: not even the prompt and one frame of {record.video_uid} fit; raise it')
         truth, told = states[start:start+T].astype(np.int64), told[:T].astype(np.int64)
-        update = (truth != before[start:start+T]).any(-1).astype(np.int64)
+        changed = np.pad((truth != before[start:start+T]).any(-1), (2, 0))
+        update = (changed[2:] | (changed[1:-1] | changed[:-2]) & (truth != told).any(-1)).astype(np.int64)
         spoken = {f for f, turns in record.turns_at().items() if any(t.role == 'assistant' for t in turns)}
         speak = np.array([start + t in spoken for t in range(T)], dtype=np.int64)
         keep = rng.random(T) < self.negative_keep
@@ -155,14 +161,14 @@ class DSTStreamDataset(Dataset):
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #82e3816a
+# %% ../nbs/08_dataset.ipynb #170b55d1
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #0663fa88
+# %% ../nbs/08_dataset.ipynb #55af499c
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels of all frames are put one after another, in reading order."

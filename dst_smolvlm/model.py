@@ -4,31 +4,33 @@
 
 # %% auto #0
 __all__ = ['DSTSmolVLMConfig', 'tiny_config', 'image_seq_len', 'pool_tokens', 'StepMemory', 'HeadsOutput', 'DSTHeads',
-           'DSTSmolVLM', 'build_tiny', 'save_model', 'load_pretrained', 'load_model']
+           'DSTSmolVLM', 'build_tiny', 'save_model', 'quiet', 'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #ba46627a
+# %% ../nbs/05_model.ipynb #efa7c698
 import math, os, shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, SmolVLMConfig, SmolVLMForConditionalGeneration
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .config import InputError
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
 
-# %% ../nbs/05_model.ipynb #58b5f7eb
+# %% ../nbs/05_model.ipynb #3aacf555
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
     tokens_per_frame: int = 0          # 0 keeps all tokens of the connector; else they are average-pooled to 1, 4, 9 or 16
     head_size: int = 0                 # width of the pointer and of the state head; 0 is the text model's hidden size
-    unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch (§11)
+    unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch
 
-# %% ../nbs/05_model.ipynb #1667f2b0
+# %% ../nbs/05_model.ipynb #aac3ba8d
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
                 image_size:int=64, scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
@@ -40,12 +42,12 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
     return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1,
                             image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True)
 
-# %% ../nbs/05_model.ipynb #05e53138
+# %% ../nbs/05_model.ipynb #4d000730
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_model.ipynb #ca5dbd24
+# %% ../nbs/05_model.ipynb #de4fb35c
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -55,7 +57,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_model.ipynb #f3dca923
+# %% ../nbs/05_model.ipynb #eef9cc30
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -73,7 +75,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_model.ipynb #12eb0e32
+# %% ../nbs/05_model.ipynb #93a761fb
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -82,6 +84,7 @@ class DSTHeads(nn.Module):
         H = config.head_size or D
         self.speaking_head = nn.Linear(D, 2)
         self.dst_update_head = nn.Linear(D, 2)
+        self.evidence = nn.Linear(3, 4, bias=False)
         self.pointer_tokens = min(4, config.tokens_per_frame or image_seq_len(config))
         self.query = nn.Sequential(nn.Linear(self.pointer_tokens*D, H), nn.LayerNorm(H))
         self.key = nn.Sequential(nn.Linear(D, 2*H), nn.GELU(), nn.Linear(2*H, H), nn.LayerNorm(H))
@@ -111,10 +114,20 @@ class DSTHeads(nn.Module):
         p_other = (1 - p_step - p_none).clamp_min(0)
         x = self.frame_proj(h)[:, :, None]*self.step_proj(steps.hidden.float())[:, None]   # [B, T, S, H]
         x = x + self.pointer_proj(torch.stack([p_step, p_none, p_other], -1)) + self.told_embedding(told)
-        return HeadsOutput(speak_logits=self.speaking_head(h), update_logits=self.dst_update_head(h),
-                           pointer_logits=pointer, state_logits=self.dst_state_head(self.fuse(x)))
+        state = self.dst_state_head(self.fuse(x))                                           # [B, T, S, 3]
+        seen = torch.stack([p[..., :-1].amax(-1), p[..., -1], self.outdated(state, told, steps.valid)], -1).detach()
+        for_speak, for_update = self.evidence(seen).chunk(2, -1)                            # [B, T, 2] each
+        return HeadsOutput(speak_logits=self.speaking_head(h) + for_speak, update_logits=self.dst_update_head(h) + for_update,
+                           pointer_logits=pointer, state_logits=state)
 
-# %% ../nbs/05_model.ipynb #e7eabdaf
+    @staticmethod
+    def outdated(state_logits, told, valid) -> torch.Tensor:
+        "Log-odds [B, T], cut at ±8, that some step is not in the state that was told."
+        as_told = F.log_softmax(state_logits, -1).gather(-1, told[..., None])[..., 0]       # [B, T, S]
+        same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
+        return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
+
+# %% ../nbs/05_model.ipynb #8cb1e172
 class DSTSmolVLM(SmolVLMForConditionalGeneration):
     "SmolVLM2 that decides at every frame. See `forward` for the whole picture."
     config_class = DSTSmolVLMConfig
@@ -187,17 +200,17 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
             out.glimpse_logits = self.heads.point(seen.unflatten(0, (len(words), -1)), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #e2dc596d
+# %% ../nbs/05_model.ipynb #0efb1419
 def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The tiny model with random weights, and its layout."
     cfg = dict(cfg or {})
     tokenizer = tiny_tokenizer(toy_texts())
     torch.manual_seed(seed)
-    config = tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids('<image>'), tokenizer.pad_token_id, **cfg)
-    model = DSTSmolVLM(config)
+    try: model = DSTSmolVLM(tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids('<image>'), tokenizer.pad_token_id, **cfg))
+    except (ValueError, StrictDataclassError) as e: raise InputError(f'model: no model of these sizes: {e}') from None
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #6662f088
+# %% ../nbs/05_model.ipynb #88094ab0
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     "Write weights (safetensors), configuration and tokenizer as `folder`, whole or not at all."
     folder = Path(folder)
@@ -208,30 +221,49 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     os.replace(tmp, folder)
     return folder
 
-# %% ../nbs/05_model.ipynb #82705ad8
+# %% ../nbs/05_model.ipynb #0c5c8bce
+@contextmanager
+def quiet():
+    "Without the library's progress bars and reports."
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL); logging.disable_progress_bar()
+    try: yield
+    finally: logging.set_verbosity(level); logging.enable_progress_bar()
+
+# %% ../nbs/05_model.ipynb #eb7e5d29
+@quiet()
 def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.float32) -> tuple[DSTSmolVLM, StreamLayout]:
     "One of our checkpoints, or a plain SmolVLM2 (whose new heads are then random), from a folder or a hub name."
     where = Path(str(checkpoint))
     is_path = where.is_absolute() or str(checkpoint).startswith('.') or len(where.parts) > 2     # a hub name is owner/name
     if is_path and not where.is_dir(): raise InputError(f'{checkpoint}: no such checkpoint folder')
     try:
+        kind = DSTSmolVLMConfig.get_config_dict(checkpoint)[0].get('model_type')
+        if kind not in ('dst_smolvlm', 'smolvlm'):
+            raise ValueError(f'model_type {kind} in its config.json' if kind else 'it has no config.json')
         config = DSTSmolVLMConfig.from_pretrained(checkpoint)
         if tokens_per_frame is not None: config.tokens_per_frame = tokens_per_frame
-        model, info = DSTSmolVLM.from_pretrained(checkpoint, config=config, dtype=dtype, output_loading_info=True)
+        model, info = DSTSmolVLM.from_pretrained(checkpoint, config=config, dtype=dtype, output_loading_info=True,
+                                                 ignore_mismatched_sizes=True)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, RuntimeError, ValueError, KeyError) as e:
+    except Exception as e:   # whatever the libraries make of a damaged file
         raise InputError(f'{checkpoint}: not a checkpoint of SmolVLM2 or of this project: {str(e).splitlines()[0][:200]}') from None
+    for name, found, expected in sorted(info['mismatched_keys'])[:1]:
+        raise InputError(f'{checkpoint}: a checkpoint of another size: {name} is {tuple(found)} in the file, '
+                         f'but {tuple(expected)} by its configuration')
     missing = [k for k in info['missing_keys'] if not k.startswith('heads.')]
     if missing: raise InputError(f'{checkpoint}: {len(missing)} weights are missing, the first is {sorted(missing)[0]}')
     model.heads.float()
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #6a4a3875
+# %% ../nbs/05_model.ipynb #f40dbd03
 def load_model(cfg, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The model of the configuration group `model`: from its `checkpoint`, or the tiny one with random weights."
     if cfg.checkpoint is None: return build_tiny({k: cfg[k] for k in ('hidden_size', 'layers', 'vision_size', 'image_size')}, seed)
     model, layout = load_pretrained(cfg.checkpoint, cfg.get('tokens_per_frame'), getattr(torch, cfg.dtype))
-    for key, value in (('hidden_size', model.config.text_config.hidden_size), ('image_size', model.config.vision_config.image_size)):
+    text, vision = model.config.text_config, model.config.vision_config
+    sizes = dict(hidden_size=text.hidden_size, layers=text.num_hidden_layers, vision_size=vision.hidden_size, image_size=vision.image_size)
+    for key, value in sizes.items():
         if cfg.get(key) not in (None, value):
             raise InputError(f'{cfg.checkpoint}: its {key} is {value}, but model.{key}={cfg[key]}; '
                              'leave the key out or take another checkpoint')

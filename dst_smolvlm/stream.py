@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'OnlineStateFilter', 'StepResult', 'StreamRunner', 'stream_record', 'read_steps', 'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #c54e6dd7
+# %% ../nbs/11_stream.ipynb #1483449f
 import itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
 from .video import frames_to_pixels, iter_frames
 
-# %% ../nbs/11_stream.ipynb #72c39e87
+# %% ../nbs/11_stream.ipynb #ec78807d
 class OnlineStateFilter:
     """Causal filter from pointer probabilities to a legal sequence of states. It lives outside the model. Its rules:
     a step that the pointer shows is in progress; it is completed when the pointer leaves it; it was never begun if the pointer went
@@ -46,7 +46,7 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #f2466122
+# %% ../nbs/11_stream.ipynb #3ff87e50
 @dataclass
 class StepResult:
     "What the model made of one frame."
@@ -60,7 +60,7 @@ class StepResult:
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #d58238f8
+# %% ../nbs/11_stream.ipynb #8ff064d8
 class StreamRunner:
     "Pushes frames of one video through the model. All that it remembers between frames is the cache, the told state and the filter."
     def __init__(self, model, layout, steps:list[str], goal:str='', knowledge:str='', state=None, strategy:BaseContextStrategy|None=None,
@@ -129,8 +129,8 @@ class StreamRunner:
         self.pending = [self.layout.end_id] + self.layout.turn_end
         return self.layout.decode(said)
 
-# %% ../nbs/11_stream.ipynb #54406dd7
-def stream_record(model, layout, record, frames, name:str='model', dataset=None, seed:int=0, meta=None, **options) -> Trace:
+# %% ../nbs/11_stream.ipynb #7924a58d
+def stream_record(model, layout, record, frames, name:str='model', seed:int=0, meta=None, **options) -> Trace:
     "Stream the `frames` of a record (an iterable of uint8 [H, W, 3]) → the trace. The reference words and states are not looked at."
     runner = StreamRunner(model, layout, [s.name for s in record.steps], record.goal, record.knowledge, **options)
     said = {f: [t.content for t in turns if t.role == 'user'] for f, turns in record.turns_at().items()}
@@ -155,7 +155,7 @@ def stream_record(model, layout, record, frames, name:str='model', dataset=None,
         steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
         meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #19b44316
+# %% ../nbs/11_stream.ipynb #361712bb
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -168,12 +168,15 @@ def read_steps(path) -> dict:
     steps = task.get('steps')
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
         raise InputError(f'{path}: field steps: must be a list of at least one name, for example ["boil water", "add the tea"]')
+    for key, kind, what in (('goal', str, 'text'), ('knowledge', str, 'text'), ('turns', list, 'a list')):
+        if not isinstance(task[key], kind): raise InputError(f'{path}: field {key}: must be {what}')
     for k, turn in enumerate(task['turns']):
-        if not (isinstance(turn, dict) and isinstance(turn.get('time'), (int, float)) and isinstance(turn.get('content'), str)):
+        time_s, words = (turn.get('time'), turn.get('content')) if isinstance(turn, dict) else (None, None)
+        if type(time_s) not in (int, float) or not np.isfinite(time_s) or not isinstance(words, str) or not words:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #15e6da51
+# %% ../nbs/11_stream.ipynb #241a613a
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     "Stream a video file at `cfg.eval.fps`; writes the trace to `out` and its picture beside it."
     task, fps = read_steps(steps_file), cfg.eval.fps
@@ -190,7 +193,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #b5c2abc6
+# %% ../nbs/11_stream.ipynb #414b90c0
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
 Streams a video file through a trained model; leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
 
@@ -214,5 +217,5 @@ def main(argv=None):
     changes = sum(e['type'] == 'state' for e in trace.events)
     print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #53b24791
+# %% ../nbs/11_stream.ipynb #dba3a507
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SHAPES', 'SPLITS', 'QUESTIONS', 'Part', 'all_parts', 'draw_part', 'WorldConfig', 'Scene', 'split_of',
            'reply', 'make_scene', 'in_hand', 'render_frame', 'render', 'replay', 'build_sample', 'main']
 
-# %% ../nbs/03_world.ipynb #b8fb561b
+# %% ../nbs/03_world.ipynb #a075014b
 import hashlib, math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .records import Step, Turn, VideoRecord, write_records
 from .state import agenda
 from .video import write_video
 
-# %% ../nbs/03_world.ipynb #038e386f
+# %% ../nbs/03_world.ipynb #5a99a75b
 COLOURS = dict(red=(214, 48, 49), green=(0, 148, 84), blue=(40, 96, 216), yellow=(246, 205, 60), purple=(140, 72, 178),
                orange=(240, 130, 30), cyan=(70, 200, 222), white=(244, 244, 240))
 SHAPES = ('circle', 'ring', 'cross', 'bar', 'triangle', 'star', 'square')
@@ -30,7 +30,7 @@ class Part:
     shape: str
     def __str__(self): return f'{self.colour} {self.shape}'
 
-# %% ../nbs/03_world.ipynb #47df3e25
+# %% ../nbs/03_world.ipynb #31c4832e
 def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]:
     "Every part of a world in which parts differ by `colour`, by `shape`, or by `both`."
     if identity == 'colour': return [Part(c, 'circle') for c in colours]
@@ -38,7 +38,7 @@ def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]
     if identity == 'both': return [Part(c, s) for c in colours for s in shapes]
     raise InputError(f"data.world.identity={identity}: choose 'colour', 'shape' or 'both'")
 
-# %% ../nbs/03_world.ipynb #00bf18d7
+# %% ../nbs/03_world.ipynb #6e4c0706
 def draw_part(draw, part:Part, x:float, y:float, r:float):
     "Draw `part` with radius `r` pixels around (`x`, `y`)."
     fill, line = COLOURS[part.colour], (20, 20, 20)
@@ -58,7 +58,7 @@ def draw_part(draw, part:Part, x:float, y:float, r:float):
         draw.polygon([(x+dx, y+dy) for dx, dy in ((-b,-a),(b,-a),(b,-b),(a,-b),(a,b),(b,b),(b,a),(-b,a),(-b,b),(-a,b),(-a,-b),(-b,-b))],
                      fill=fill, outline=line)
 
-# %% ../nbs/03_world.ipynb #457b0e19
+# %% ../nbs/03_world.ipynb #78fa3cb2
 @dataclass(frozen=True)
 class WorldConfig:
     identity: str = 'both'         # what tells parts apart: 'colour', 'shape' or 'both'
@@ -82,7 +82,7 @@ class WorldConfig:
     fps: float = 2.
     image_size: int = 64
 
-# %% ../nbs/03_world.ipynb #99b77015
+# %% ../nbs/03_world.ipynb #3fd0afa3
 @dataclass
 class Scene:
     record: VideoRecord
@@ -96,7 +96,7 @@ class Scene:
         "When something is in the hand: (start, end) in seconds of every step and wrong pick."
         return [s for step in self.record.steps for s in step.spans if s[0] >= 0] + [(a, b) for a, b, _ in self.wrong]
 
-# %% ../nbs/03_world.ipynb #60f0c5fb
+# %% ../nbs/03_world.ipynb #ebe92bc4
 SPLITS = ('train', 'validation', 'test')
 
 def split_of(parts) -> str:
@@ -104,7 +104,7 @@ def split_of(parts) -> str:
     digest = hashlib.sha256(','.join(sorted(map(str, parts))).encode()).digest()[0]
     return SPLITS[0] if digest % 10 < 8 else SPLITS[1] if digest % 10 == 8 else SPLITS[2]
 
-# %% ../nbs/03_world.ipynb #1f34c27a
+# %% ../nbs/03_world.ipynb #5d8b0df1
 def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
     "Frames of every step (by position in `order`), of wrong picks and of questions, and the number of frames."
     spans, wrong, asked, t, overlaps = [], [], [], int(rng.integers(cfg.min_idle, cfg.max_idle + 1)), False
@@ -121,7 +121,7 @@ def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
         t += idle
     return spans, wrong, asked, t + cfg.min_idle
 
-# %% ../nbs/03_world.ipynb #e9e29092
+# %% ../nbs/03_world.ipynb #42f0b41f
 QUESTIONS = ('What should I do now?', 'Which step is it?', 'What comes now?')
 
 def reply(kind:str, state, names) -> str:
@@ -130,7 +130,7 @@ def reply(kind:str, state, names) -> str:
     what = 'All steps are done.' if k is None else f'{when.capitalize()}, {names[k]}.'
     return {'start': 'Hello. ', 'completed': 'Well done. ', 'mistake': 'Wrong part. ', 'question': ''}[kind] + what
 
-# %% ../nbs/03_world.ipynb #1a08114a
+# %% ../nbs/03_world.ipynb #d071632a
 def _compose(pool, split, cfg:WorldConfig, rng) -> tuple[list[Part], list[Part]]:
     "Parts of the steps of a video, a composition that belongs to `split`, and the parts that are left for mistakes."
     most = min(cfg.max_steps, len(pool) - 1)
@@ -143,7 +143,7 @@ def _compose(pool, split, cfg:WorldConfig, rng) -> tuple[list[Part], list[Part]]
         if split_of(order[:n]) == split: return order[:n], order[n:]
     raise InputError(f'data.world: its {len(pool)} parts make too few compositions, none of them for {split}; use more colours or shapes')
 
-# %% ../nbs/03_world.ipynb #16cf22e4
+# %% ../nbs/03_world.ipynb #a6bfb54b
 def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed:int=0) -> Scene:
     "Scene number `index` of a split."
     if split not in SPLITS: raise InputError(f"split={split}: choose one of {', '.join(SPLITS)}")
@@ -167,7 +167,7 @@ def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed
     record.turns.extend(_speak(record, sorted(events), rng))
     return Scene(record, drawn, boxes, picks, seed=int(rng.integers(2**31)), config=cfg)
 
-# %% ../nbs/03_world.ipynb #56491297
+# %% ../nbs/03_world.ipynb #a17ceec7
 def _speak(record:VideoRecord, events, rng) -> list[Turn]:
     "Turns for `events` [(frame, kind)], from the true states."
     states, names, turns = record.states(), [s.name for s in record.steps], []
@@ -177,7 +177,7 @@ def _speak(record:VideoRecord, events, rng) -> list[Turn]:
         turns.append(Turn(role='assistant', time=t, content=reply(kind, states[frame], names)))
     return turns
 
-# %% ../nbs/03_world.ipynb #de0acdcc
+# %% ../nbs/03_world.ipynb #a038bb05
 def _path(u:float, box:int, size:int) -> tuple[float, float]:
     "Where a part is at share `u` of its way (0 at the tray, 1 in the box), in pixels."
     tray, centre, target = (.5, .30), (.5, .48), (.22 + .28*(box - 1), .64)
@@ -201,7 +201,7 @@ def _draw_hand(draw, x:float, y:float, size:int):
     draw.line((x + 10*s, size + 4*s, x + 3*s, y + 9*s), fill=skin, width=round(9*s))
     draw.ellipse((x-6*s, y+3*s, x+8*s, y+15*s), fill=skin, outline=(150, 100, 80))
 
-# %% ../nbs/03_world.ipynb #3b451093
+# %% ../nbs/03_world.ipynb #5ea7c1b1
 def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
     "(part, share of the way, box) of everything that is carried at `t` seconds."
     carried = []
@@ -214,7 +214,7 @@ def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
         if start <= t < end: carried.append((part, .2*min(1, (end - t)*2/(end - start)), 1))   # it goes back to the tray
     return carried
 
-# %% ../nbs/03_world.ipynb #4be5fcfa
+# %% ../nbs/03_world.ipynb #5c0a03c7
 def render_frame(scene:Scene, i:int) -> np.ndarray:
     "Frame `i` as uint8 [H, W, 3]."
     cfg, rng = scene.config, np.random.default_rng([scene.seed, i])
@@ -238,13 +238,13 @@ def render_frame(scene:Scene, i:int) -> np.ndarray:
     noise = rng.integers(-6, 7, (size, size, 1), dtype=np.int8)
     return (np.asarray(img, np.float32)*np.float32(light) + noise).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/03_world.ipynb #7c7eb999
+# %% ../nbs/03_world.ipynb #830df123
 def render(scene:Scene, start:int=0, stop:int|None=None) -> np.ndarray:
     "Frames `start` to `stop` (all by default) as uint8 [T, H, W, 3]."
     stop = scene.record.num_frames() if stop is None else stop
     return np.stack([render_frame(scene, i) for i in range(start, stop)])
 
-# %% ../nbs/03_world.ipynb #fda35373
+# %% ../nbs/03_world.ipynb #b12eb59a
 def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     "A scene that draws the timeline of `record`; the names of its steps tell the part that stands for each."
     seed = int.from_bytes(hashlib.sha256(record.video_uid.encode()).digest()[:4], 'big')
@@ -256,7 +256,7 @@ def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     return Scene(record.model_copy(update={'steps': steps}), parts, [1 + i % 3 for i in range(len(parts))], seed=seed,
                  config=replace(cfg, fps=record.fps))
 
-# %% ../nbs/03_world.ipynb #b044b139
+# %% ../nbs/03_world.ipynb #f492def3
 def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> list[VideoRecord]:
     "Write `n` short test videos as mp4 and their records as `toy.jsonl` into the folder `out`."
     out, records = Path(out), []
@@ -268,7 +268,7 @@ def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> lis
     write_records(records, out/'toy.jsonl')
     return records
 
-# %% ../nbs/03_world.ipynb #9527cf19
+# %% ../nbs/03_world.ipynb #79490e00
 @run_cli
 def main(argv=None):
     "The command: `sample --out FOLDER` writes eight short test videos and their records."
@@ -278,5 +278,5 @@ def main(argv=None):
     records = build_sample(argv[2])
     print(f'{len(records)} videos and toy.jsonl in {argv[2]}')
 
-# %% ../nbs/03_world.ipynb #fc311760
+# %% ../nbs/03_world.ipynb #2105b278
 if __name__ == '__main__' and '__file__' in globals(): main()
