@@ -14,7 +14,8 @@ demo test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 
 demo: $(INSTALLED)
-	$(BIN)/python -m dst_smolvlm.train output_dir=outputs/demo
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 \
+	  -m dst_smolvlm.train output_dir=outputs/demo train.per_device_train_batch_size=1
 	$(BIN)/python -m dst_smolvlm.evaluate output_dir=outputs/demo
 	@echo "Open outputs/demo/report.html; the figures are in outputs/demo/scores.json"
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'OnlineStateFilter', 'StepResult', 'StreamRunner', 'stream_record', 'read_steps', 'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #1483449f
+# %% ../nbs/11_stream.ipynb #9d050c72
 import itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +23,22 @@ from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
 from .video import frames_to_pixels, iter_frames
 
-# %% ../nbs/11_stream.ipynb #ec78807d
+# %% ../nbs/11_stream.ipynb #88a5d3ab
 class OnlineStateFilter:
-    """Causal filter from pointer probabilities to a legal sequence of states. It lives outside the model. Its rules:
-    a step that the pointer shows is in progress; it is completed when the pointer leaves it; it was never begun if the pointer went
-    on to another step before it was established; a completion is undone if the step is shown again within `undo_frames`."""
-    def __init__(self, state, undo_frames:int=2, established:int=3):
-        self.state, self.undo_frames, self.established = np.array(state, dtype=np.int8), undo_frames, established
-        self.shown_for, self.done_at, self.frame = np.zeros(len(self.state), int), np.full(len(self.state), -10**6), -1
+    "Causal filter from pointer probabilities to a legal sequence of states, by the rules above. It lives outside the model."
+    def __init__(self, state, begin:float=2., beside:float=.6, established:int=2, undo_frames:int=2):
+        self.state, self.begin, self.beside = np.array(state, dtype=np.int8), begin, beside
+        self.established, self.undo_frames, self.frame = established, undo_frames, -1
+        self.shown_for, self.done_at = np.zeros(len(self.state), int), np.full(len(self.state), -10**6)
 
     def __call__(self, pointer) -> np.ndarray:
         "Pointer probabilities [S+1] of the next frame → states [S]."
         self.frame += 1
-        p, none = np.asarray(pointer[:-1]), pointer[-1]
         open_ = (self.state != COMPLETED) | (self.frame - self.done_at <= self.undo_frames)
-        p = np.where(open_, p, 0)
-        shown = (p > .5*max(p.max(), .5)) if none <= .5 else np.zeros(len(p), bool)
+        p, none = np.where(open_, pointer[:-1], 0), pointer[-1]
+        log_odds = np.log((p + 1e-6)/(none + 1e-6))
+        enough = np.where(self.state == IN_PROGRESS, 0., self.begin)
+        shown = (log_odds > enough) & (p > self.beside*p.max())
         for s in np.flatnonzero((self.state == IN_PROGRESS) & ~shown):
             if shown.any() and self.shown_for[s] < self.established: self.state[s], self.shown_for[s] = NOT_STARTED, 0
             else: self.state[s], self.done_at[s] = COMPLETED, self.frame
@@ -46,7 +46,7 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #3ff87e50
+# %% ../nbs/11_stream.ipynb #c12e8e50
 @dataclass
 class StepResult:
     "What the model made of one frame."
@@ -60,7 +60,7 @@ class StepResult:
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #8ff064d8
+# %% ../nbs/11_stream.ipynb #211d1ada
 class StreamRunner:
     "Pushes frames of one video through the model. All that it remembers between frames is the cache, the told state and the filter."
     def __init__(self, model, layout, steps:list[str], goal:str='', knowledge:str='', state=None, strategy:BaseContextStrategy|None=None,
@@ -129,7 +129,7 @@ class StreamRunner:
         self.pending = [self.layout.end_id] + self.layout.turn_end
         return self.layout.decode(said)
 
-# %% ../nbs/11_stream.ipynb #7924a58d
+# %% ../nbs/11_stream.ipynb #1cc18c72
 def stream_record(model, layout, record, frames, name:str='model', seed:int=0, meta=None, **options) -> Trace:
     "Stream the `frames` of a record (an iterable of uint8 [H, W, 3]) → the trace. The reference words and states are not looked at."
     runner = StreamRunner(model, layout, [s.name for s in record.steps], record.goal, record.knowledge, **options)
@@ -155,7 +155,7 @@ def stream_record(model, layout, record, frames, name:str='model', seed:int=0, m
         steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
         meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #361712bb
+# %% ../nbs/11_stream.ipynb #eb61ea99
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -176,7 +176,7 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #241a613a
+# %% ../nbs/11_stream.ipynb #f3f165c2
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     "Stream a video file at `cfg.eval.fps`; writes the trace to `out` and its picture beside it."
     task, fps = read_steps(steps_file), cfg.eval.fps
@@ -193,7 +193,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #414b90c0
+# %% ../nbs/11_stream.ipynb #eb6378cd
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
 Streams a video file through a trained model; leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
 
@@ -217,5 +217,5 @@ def main(argv=None):
     changes = sum(e['type'] == 'state' for e in trace.events)
     print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #dba3a507
+# %% ../nbs/11_stream.ipynb #155b742c
 if __name__ == '__main__' and '__file__' in globals(): main()

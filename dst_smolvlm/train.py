@@ -6,9 +6,9 @@
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'TellEpoch', 'DSTTrainer', 'check_ranks', 'same_run',
            'last_whole_checkpoint', 'move_aside', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #14c82d94
+# %% ../nbs/09_train.ipynb #cf552a77
 import itertools, json, os, shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load
 from .loss import PARTS, LossConfig, loss_counts, multitask_loss
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #b78fee1b
+# %% ../nbs/09_train.ipynb #b0faec09
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -35,9 +35,11 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     dialogues: int = 0             # rows of dialogue without frames beside every stream: a tiny model learns to copy words from them
     glimpses: int = 0              # other scenes beside every stream, four frames of each, that train the pointer
     remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False    # every batch uses every parameter
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #f53fb233
+# %% ../nbs/09_train.ipynb #65ca6f49
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
@@ -48,13 +50,13 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     try: return DSTTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as e: raise InputError(f'train: {e}') from None
 
-# %% ../nbs/09_train.ipynb #25ced11a
+# %% ../nbs/09_train.ipynb #7991f90b
 class TellEpoch(TrainerCallback):
     "Tells the dataset its epoch."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, 'set_epoch'): train_dataloader.dataset.set_epoch(int(state.epoch))
 
-# %% ../nbs/09_train.ipynb #51445a56
+# %% ../nbs/09_train.ipynb #d3934d5e
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -88,7 +90,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #b7a16ce9
+# %% ../nbs/09_train.ipynb #7df5c50b
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -101,13 +103,13 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #9e1dbad0
+# %% ../nbs/09_train.ipynb #2782be31
 def same_run(cfg, out:Path) -> bool:
     "Is what lies in `out` of the same configuration?"
     path = out/'config.yaml'
     return path.is_file() and OmegaConf.to_container(OmegaConf.load(path)) == OmegaConf.to_container(cfg)
 
-# %% ../nbs/09_train.ipynb #6a6751c8
+# %% ../nbs/09_train.ipynb #95756622
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -116,7 +118,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_train.ipynb #70779a12
+# %% ../nbs/09_train.ipynb #f19db7bf
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -125,7 +127,7 @@ def move_aside(out:Path):
     os.replace(out/'checkpoint', kept)
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/09_train.ipynb #ea8b9c7f
+# %% ../nbs/09_train.ipynb #342b521b
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -159,7 +161,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #82682dfc
+# %% ../nbs/09_train.ipynb #f791560e
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -171,5 +173,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #113b0102
+# %% ../nbs/09_train.ipynb #8d75388f
 if __name__ == '__main__' and '__file__' in globals(): main()
