@@ -1,4 +1,4 @@
-# make demo       train the tiny model, stream unseen videos, score them
+# make demo       train the tiny model, stream unseen videos, score them (SEED=1 OUT=outputs/seed1 for another run)
 # make test       every check; the notebooks are tests too
 # make lab        JupyterLab on the notebooks
 # make clean      remove caches, results and build products (keeps .venv; `make distclean` removes that as well)
@@ -7,6 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SEED ?= 0
+OUT ?= outputs/demo
 
 .PHONY: demo test lab clean distclean
 
@@ -15,9 +17,9 @@ test: export OMP_NUM_THREADS = 1
 
 demo: $(INSTALLED)
 	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 \
-	  -m dst_smolvlm.train output_dir=outputs/demo train.per_device_train_batch_size=1
-	$(BIN)/python -m dst_smolvlm.evaluate output_dir=outputs/demo
-	@echo "Open outputs/demo/report.html; the figures are in outputs/demo/scores.json"
+	  -m dst_smolvlm.train output_dir=$(OUT) train.seed=$(SEED) train.per_device_train_batch_size=1
+	$(BIN)/python -m dst_smolvlm.evaluate output_dir=$(OUT)
+	@echo "Open $(OUT)/report.html; the figures are in $(OUT)/scores.json"
 
 test: $(INSTALLED)
 	$(BIN)/nbdev_test --n_workers 2

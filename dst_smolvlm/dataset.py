@@ -6,7 +6,7 @@
 __all__ = ['VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'load_glimpse_scenes', 'corrupt_told', 'DSTStreamDataset',
            'pad_stack', 'StreamCollator']
 
-# %% ../nbs/08_dataset.ipynb #3239f8ff
+# %% ../nbs/08_dataset.ipynb #4aad3cb7
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .state import frame_of
 from .video import frames_to_pixels, iter_frames
 from .world import SPLITS, WorldConfig, make_scene, replay
 
-# %% ../nbs/08_dataset.ipynb #47a0de6c
+# %% ../nbs/08_dataset.ipynb #71751e63
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -40,7 +40,7 @@ class VideoScene:
         return np.stack(frames)
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #d344dc9a
+# %% ../nbs/08_dataset.ipynb #7c2e8281
 @dataclass
 class ToyScenes:
     "Scenes of the toy world by index, without end."
@@ -51,7 +51,7 @@ class ToyScenes:
     def __len__(self): return self.length
     def __getitem__(self, i): return make_scene(i, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #53d5ae38
+# %% ../nbs/08_dataset.ipynb #4bff7211
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal records to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     ranked = sorted(records, key=lambda r: hashlib.sha256(r.video_uid.encode()).hexdigest())
@@ -59,7 +59,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     n_val, n_test = (max(1, round(shares[1]*n)), max(1, round(shares[2]*n))) if n >= 3 else (0, 0)
     return dict(validation=ranked[:n_val], test=ranked[n_val:n_val+n_test], train=ranked[n_val+n_test:])
 
-# %% ../nbs/08_dataset.ipynb #4d6cd5f7
+# %% ../nbs/08_dataset.ipynb #9fec4561
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -76,13 +76,13 @@ def load_scenes(cfg, split:str) -> Sequence:
     folder = Path(cfg.path) if Path(cfg.path).is_dir() else Path(cfg.path).parent
     return [VideoScene(r, folder/r.video) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #bae4d945
+# %% ../nbs/08_dataset.ipynb #d01273c0
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from: in the toy world, `cfg.glimpse_world` changes its difficulty; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, WorldConfig(**{**cfg.world, **cfg.glimpse_world}))
 
-# %% ../nbs/08_dataset.ipynb #3438d859
+# %% ../nbs/08_dataset.ipynb #491e8295
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -104,15 +104,16 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #ace33727
+# %% ../nbs/08_dataset.ipynb #b8a9af9b
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(self, scenes, layout, image_size:int, max_seq_len:int=2048, corrupt_told:float=.4, drop_replies:float=.12,
-                 from_middle:float=.5, negative_keep:float=1., dialogues:int=1, glimpses:int=8, glimpse_scenes=None, seed:int=0):
+                 from_middle:float=.5, negative_keep:float=1., dialogues:int=1, glimpses:int=8, glimpse_scenes=None,
+                 frame_grad:float=1., seed:int=0):
         self.scenes, self.layout, self.image_size, self.max_seq_len = scenes, layout, image_size, max_seq_len
         self.glimpse_scenes = scenes if glimpse_scenes is None else glimpse_scenes
         self.corrupt_told, self.drop_replies, self.from_middle, self.negative_keep = corrupt_told, drop_replies, from_middle, negative_keep
-        self.dialogues, self.glimpses, self.seed, self.epoch = dialogues, glimpses, seed, 0
+        self.dialogues, self.glimpses, self.frame_grad, self.seed, self.epoch = dialogues, glimpses, frame_grad, seed, 0
 
     def __len__(self): return len(self.scenes)
     def set_epoch(self, epoch:int): self.epoch = epoch
@@ -152,23 +153,24 @@ class DSTStreamDataset(Dataset):
         update = (changed[2:] | (changed[1:-1] | changed[:-2]) & (truth != told).any(-1)).astype(np.int64)
         spoken = {f for f, turns in record.turns_at().items() if any(t.role == 'assistant' for t in turns)}
         speak = np.array([start + t in spoken for t in range(T)], dtype=np.int64)
-        keep = rng.random(T) < self.negative_keep
+        keep, learn_frames = rng.random(T) < self.negative_keep, rng.random(T) < self.frame_grad
         size = self.image_size
         return dict(input_ids=torch.tensor(stream.ids), labels=torch.tensor(stream.labels),
                     pixel_values=frames_to_pixels(scene.frames(start, start + T), size) if T else torch.zeros(0, 3, size, size),
+                    learn_frames=torch.from_numpy(learn_frames),
                     frame_positions=torch.tensor(stream.frame_positions, dtype=torch.long), step_spans=torch.tensor(stream.step_spans),
                     told=torch.from_numpy(told), state_labels=torch.from_numpy(truth),
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #170b55d1
+# %% ../nbs/08_dataset.ipynb #3f06cc4c
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #55af499c
+# %% ../nbs/08_dataset.ipynb #5c9dbe3d
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels of all frames are put one after another, in reading order."
@@ -178,7 +180,7 @@ class StreamCollator:
         padding = dict(input_ids=self.pad_token_id, labels=-100, frame_positions=-1, step_spans=-1,
                        told=0, state_labels=-100, speak_labels=-100, update_labels=-100)
         batch = {key: pad_stack([r[key] for r in rows], value) for key, value in padding.items()}
-        batch['pixel_values'] = torch.cat([r['pixel_values'] for r in rows])
+        for key in ('pixel_values', 'learn_frames'): batch[key] = torch.cat([r[key] for r in rows])
         if glimpses:
             padding = dict(ids=self.pad_token_id, spans=-1, states=-100)
             batch |= {f'glimpse_{key}': pad_stack([g[key] for g in glimpses], value) for key, value in padding.items()}

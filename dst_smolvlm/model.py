@@ -6,7 +6,7 @@
 __all__ = ['DSTSmolVLMConfig', 'tiny_config', 'image_seq_len', 'pool_tokens', 'StepMemory', 'HeadsOutput', 'DSTHeads',
            'DSTSmolVLM', 'build_tiny', 'save_model', 'quiet', 'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #302461aa
+# %% ../nbs/05_model.ipynb #6db17b87
 import math, os, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, logging
 from .config import InputError
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
 
-# %% ../nbs/05_model.ipynb #dae88e33
+# %% ../nbs/05_model.ipynb #97f37af3
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
@@ -30,11 +30,11 @@ class DSTSmolVLMConfig(SmolVLMConfig):
     head_size: int = 0                 # width of the pointer and of the state head; 0 is the text model's hidden size
     unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch
 
-# %% ../nbs/05_model.ipynb #7aecb253
+# %% ../nbs/05_model.ipynb #4977f5d6
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
                 image_size:int=64, scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
-    text = dict(model_type='llama', vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3*hidden_size,
+    text = dict(model_type='llama', vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2*hidden_size,
                 num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
                 pad_token_id=pad_token_id, rope_theta=10000., tie_word_embeddings=False, attention_dropout=0.)
     vision = dict(hidden_size=vision_size, intermediate_size=2*vision_size, num_hidden_layers=vision_layers,
@@ -42,12 +42,12 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
     return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1,
                             image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True)
 
-# %% ../nbs/05_model.ipynb #36b41290
+# %% ../nbs/05_model.ipynb #fb7fec0a
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_model.ipynb #c57efe66
+# %% ../nbs/05_model.ipynb #734d122f
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -57,7 +57,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_model.ipynb #3b04f959
+# %% ../nbs/05_model.ipynb #85033093
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -75,7 +75,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_model.ipynb #068eaf33
+# %% ../nbs/05_model.ipynb #29d302ec
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -127,7 +127,7 @@ class DSTHeads(nn.Module):
         same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
         return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)/2
 
-# %% ../nbs/05_model.ipynb #e461e2de
+# %% ../nbs/05_model.ipynb #2765520d
 class DSTSmolVLM(SmolVLMForConditionalGeneration):
     "SmolVLM2 that decides at every frame. See `forward` for the whole picture."
     config_class = DSTSmolVLMConfig
@@ -157,6 +157,15 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         "Pixels [F, 3, H, W] → image tokens [F, N, D] as the language model sees them. Black frames count like any other."
         patches = self.model.vision_model(pixel_values.to(self.dtype)).last_hidden_state
         return pool_tokens(self.model.connector(patches), self.config.tokens_per_frame)
+
+    def encode_streams(self, pixel_values, learn_frames=None) -> torch.Tensor:
+        "`encode_frames` with gradients through some of the frames only [F] (all by default): neighbours are nearly alike."
+        if learn_frames is None or learn_frames.all(): return self.encode_frames(pixel_values)
+        with torch.no_grad(): others = self.encode_frames(pixel_values[~learn_frames])
+        tokens = others.new_empty(len(pixel_values), *others.shape[1:])
+        tokens[~learn_frames] = others
+        if learn_frames.any(): tokens[learn_frames] = self.encode_frames(pixel_values[learn_frames])
+        return tokens
 
     def embed(self, input_ids, frame_tokens) -> torch.Tensor:
         "Input embeddings [B, L, D]; the image tokens [F, N, D] take the places of `<image>` in reading order."
@@ -188,8 +197,8 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         if embeds.device.type != 'cpu': return model(embeds)
         return torch.cat([F.pad(model(row[None, :n]), (0, 0, 0, len(row) - n)) for row, n in zip(embeds, lengths.tolist())])
 
-    def forward(self, input_ids=None, pixel_values=None, frame_positions=None, step_spans=None, told=None, labels=None, frame_tokens=None,
-                glimpse_ids=None, glimpse_pixels=None, glimpse_spans=None, **kwargs) -> HeadsOutput:
+    def forward(self, input_ids=None, pixel_values=None, frame_positions=None, step_spans=None, told=None, labels=None,
+                frame_tokens=None, learn_frames=None, glimpse_ids=None, glimpse_pixels=None, glimpse_spans=None, **kwargs) -> HeadsOutput:
         """One pass over whole streams: every frame is supervised at once.
         input_ids [B, L]; pixel_values [F, 3, H, W] or frame_tokens [F, N, D] of all frames in reading order; frame_positions [B, T]
         (-1 pads); step_spans [B, S, 2] (-1 pads); told [B, T, S]; labels [B, L], shifted here and nowhere else. Rows are padded on the
@@ -197,7 +206,7 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         G prompts with F single frames each (`glimpse_*`) may train the pointer; they do not go through the language model. Without
         frame_positions this is SmolVLM's own forward, which `generate()` calls."""
         if frame_positions is None: return super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)
-        if frame_tokens is None: frame_tokens = self.encode_frames(pixel_values)
+        if frame_tokens is None: frame_tokens = self.encode_streams(pixel_values, learn_frames)
         embeds = self.embed(input_ids, frame_tokens)
         hidden = self.read(embeds, self.lengths(frame_positions, step_spans, labels))       # [B, L, D]
         real = frame_positions >= 0
@@ -215,7 +224,7 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
             out.glimpse_logits = self.heads.point(seen.unflatten(0, (len(words), -1)), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #42352e56
+# %% ../nbs/05_model.ipynb #c7bc4bbd
 def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The tiny model with random weights, and its layout."
     cfg = dict(cfg or {})
@@ -226,7 +235,7 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     model.set_attn_implementation(dict(vision_config='eager'))    # on 64 patches faster than the fused kernel
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #4b04df2a
+# %% ../nbs/05_model.ipynb #23500eec
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     "Write weights (safetensors), configuration and tokenizer as `folder`, whole or not at all."
     folder = Path(folder)
@@ -237,7 +246,7 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     os.replace(tmp, folder)
     return folder
 
-# %% ../nbs/05_model.ipynb #85f1b6eb
+# %% ../nbs/05_model.ipynb #74a58a92
 @contextmanager
 def quiet():
     "Without the library's progress bars and reports."
@@ -246,7 +255,7 @@ def quiet():
     try: yield
     finally: logging.set_verbosity(level); logging.enable_progress_bar()
 
-# %% ../nbs/05_model.ipynb #77baeb27
+# %% ../nbs/05_model.ipynb #ee08c752
 @quiet()
 def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.float32) -> tuple[DSTSmolVLM, StreamLayout]:
     "One of our checkpoints, or a plain SmolVLM2 (whose new heads are then random), from a folder or a hub name."
@@ -272,7 +281,7 @@ def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.floa
     model.heads.float()
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #7872eb0e
+# %% ../nbs/05_model.ipynb #e09fcb9b
 def load_model(cfg, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The model of the configuration group `model`: from its `checkpoint`, or the tiny one with random weights."
     if cfg.checkpoint is None: return build_tiny({k: cfg[k] for k in ('hidden_size', 'layers', 'vision_size', 'image_size')}, seed)

@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'TellEpoch', 'DSTTrainer', 'check_ranks', 'same_run',
            'last_whole_checkpoint', 'move_aside', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #cf552a77
+# %% ../nbs/09_train.ipynb #4cba8576
 import itertools, json, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load
 from .loss import PARTS, LossConfig, loss_counts, multitask_loss
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #b0faec09
+# %% ../nbs/09_train.ipynb #bf9c9d3b
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -34,12 +34,13 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     from_middle: float = .5        # share of rows that begin in the middle of a video, from its true state
     dialogues: int = 0             # rows of dialogue without frames beside every stream: a tiny model learns to copy words from them
     glimpses: int = 0              # other scenes beside every stream, four frames of each, that train the pointer
+    frame_grad: float = 1.         # share of a stream's frames from which the vision tower learns
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False    # every batch uses every parameter
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #65ca6f49
+# %% ../nbs/09_train.ipynb #7469e580
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
@@ -50,13 +51,13 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     try: return DSTTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as e: raise InputError(f'train: {e}') from None
 
-# %% ../nbs/09_train.ipynb #7991f90b
+# %% ../nbs/09_train.ipynb #9b6fbea9
 class TellEpoch(TrainerCallback):
     "Tells the dataset its epoch."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, 'set_epoch'): train_dataloader.dataset.set_epoch(int(state.epoch))
 
-# %% ../nbs/09_train.ipynb #d3934d5e
+# %% ../nbs/09_train.ipynb #f902d4d2
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -90,7 +91,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #7df5c50b
+# %% ../nbs/09_train.ipynb #0368b2d0
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -103,13 +104,13 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #2782be31
+# %% ../nbs/09_train.ipynb #ceb1bb1b
 def same_run(cfg, out:Path) -> bool:
     "Is what lies in `out` of the same configuration?"
     path = out/'config.yaml'
     return path.is_file() and OmegaConf.to_container(OmegaConf.load(path)) == OmegaConf.to_container(cfg)
 
-# %% ../nbs/09_train.ipynb #95756622
+# %% ../nbs/09_train.ipynb #ac5cde90
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -118,7 +119,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_train.ipynb #f19db7bf
+# %% ../nbs/09_train.ipynb #afecfa23
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -127,7 +128,7 @@ def move_aside(out:Path):
     os.replace(out/'checkpoint', kept)
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/09_train.ipynb #342b521b
+# %% ../nbs/09_train.ipynb #e417eb1e
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -142,7 +143,7 @@ def train(cfg) -> DSTTrainer | None:
     if not len(scenes): raise InputError(f'data={cfg.data.name}: there is no training video')
     data = DSTStreamDataset(scenes, layout, model.config.vision_config.image_size, args.max_seq_len,
                             args.corrupt_told, args.drop_replies, args.from_middle, args.negative_keep,
-                            args.dialogues, args.glimpses, load_glimpse_scenes(cfg.data), args.seed)
+                            args.dialogues, args.glimpses, load_glimpse_scenes(cfg.data), args.frame_grad, args.seed)
     trainer = DSTTrainer(model=model, args=args, train_dataset=data, data_collator=StreamCollator(layout.tokenizer.pad_token_id))
     line, first = check_ranks(trainer), trainer.is_world_process_zero()
     if first:
@@ -161,7 +162,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #f791560e
+# %% ../nbs/09_train.ipynb #cc6edc77
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -173,5 +174,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #8d75388f
+# %% ../nbs/09_train.ipynb #518d0e3a
 if __name__ == '__main__' and '__file__' in globals(): main()
