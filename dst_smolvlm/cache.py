@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'Context', 'Continuation', 'BaseContextStrategy', 'register', 'NoStrategy', 'DropAll', 'make_strategy']
 
-# %% ../nbs/10_cache.ipynb #4cf137d8
+# %% ../nbs/10_cache.ipynb #92550839
 from dataclasses import dataclass
 
 from transformers import DynamicCache
@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from .config import InputError
 from .prompt import Prompt
 
-# %% ../nbs/10_cache.ipynb #4e8351c7
+# %% ../nbs/10_cache.ipynb #ae03057e
 @dataclass
 class Context:
     "What a strategy may look at when the cache is full."
@@ -28,7 +28,7 @@ class Continuation:
     prompt: Prompt | None         # to be fed before the next frame; None where the old one is still in the cache
     told: list[int] | None        # the state that this prompt tells [S]
 
-# %% ../nbs/10_cache.ipynb #3b2da665
+# %% ../nbs/10_cache.ipynb #c4d403d0
 class BaseContextStrategy:
     "Decides when the context is full, and what becomes of it."
     name = 'base'
@@ -45,7 +45,7 @@ def register(cls):
     STRATEGIES[cls.name] = cls
     return cls
 
-# %% ../nbs/10_cache.ipynb #ebf3ac50
+# %% ../nbs/10_cache.ipynb #7b695282
 @register
 class NoStrategy(BaseContextStrategy):
     "Keeps everything; stops with a clear error at the limit."
@@ -55,14 +55,14 @@ class NoStrategy(BaseContextStrategy):
         raise InputError(f'the context is full: {held} tokens + {self.reserved_seq_len} reserved reach max_seq_len={self.max_seq_len}. '
                          'Choose another context_strategy, or raise context_strategy.max_seq_len')
 
-# %% ../nbs/10_cache.ipynb #a20b4d34
+# %% ../nbs/10_cache.ipynb #ad948f69
 @register
 class DropAll(BaseContextStrategy):
     "Keeps the system prompt of the beginning, and nothing else: the baseline that forgets."
     name = 'drop_all'
     def handle_overflow(self, context): return Continuation(DynamicCache(), context.first_prompt, context.first_state)
 
-# %% ../nbs/10_cache.ipynb #13713d65
+# %% ../nbs/10_cache.ipynb #678a1ebd
 def make_strategy(cfg) -> BaseContextStrategy:
     "The strategy of the configuration group `context_strategy`."
     options = dict(cfg)

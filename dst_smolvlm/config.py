@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InputError', 'run_cli', 'conf_dir', 'compose_config', 'parse_cli', 'atomic_write', 'save_config']
 
-# %% ../nbs/00_config.ipynb #86516d25
+# %% ../nbs/00_config.ipynb #45b27367
 import difflib, functools, os, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# %% ../nbs/00_config.ipynb #bdb90804
+# %% ../nbs/00_config.ipynb #6b233430
 class InputError(ValueError):
     "Something the user gave is wrong; the message is one line that names it, says where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #d251199c
+# %% ../nbs/00_config.ipynb #237a4888
 def run_cli(main):
     "Decorate a `main(argv=None)`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."
     @functools.wraps(main)
@@ -37,7 +37,7 @@ def run_cli(main):
             raise SystemExit(130) from None
     return wrapper
 
-# %% ../nbs/00_config.ipynb #58100df9
+# %% ../nbs/00_config.ipynb #b260288d
 def conf_dir() -> Path:
     "The folder of YAML groups inside the installed package."
     import dst_smolvlm
@@ -51,7 +51,7 @@ def _known_keys(cfg, prefix='') -> list[str]:
         if isinstance(cfg._get_node(key), DictConfig): keys += _known_keys(cfg[key], f'{prefix}{key}.')
     return keys
 
-# %% ../nbs/00_config.ipynb #2c51b35d
+# %% ../nbs/00_config.ipynb #7fea37e3
 def _explain(override: str, error: Exception, default: DictConfig) -> str:
     "One line that says what is wrong with `override`."
     key, _, value = override.lstrip('+~').partition('=')
@@ -66,7 +66,7 @@ def _explain(override: str, error: Exception, default: DictConfig) -> str:
         return f"{override}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else '; --cfg prints every key')
     return f"{override}: {' '.join(str(error).split())[:200]}"
 
-# %% ../nbs/00_config.ipynb #8e8a4ea8
+# %% ../nbs/00_config.ipynb #3968e442
 def _check_numbers(cfg, default, prefix=''):
     "Refuse text where the default is a number."
     for key, value in cfg.items():
@@ -75,7 +75,7 @@ def _check_numbers(cfg, default, prefix=''):
         elif isinstance(known, (int, float)) and isinstance(value, str):
             raise InputError(f'{prefix}{key}={value}: must be a number, for example {known}')
 
-# %% ../nbs/00_config.ipynb #6a9adef4
+# %% ../nbs/00_config.ipynb #bda8d4d0
 def compose_config(overrides=()) -> DictConfig:
     "The resolved configuration for dotted `overrides` such as `['data=toy', 'train.seed=1']`; raises `InputError`."
     def build(overrides):
@@ -95,7 +95,7 @@ def compose_config(overrides=()) -> DictConfig:
                 raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
         raise InputError(' '.join(str(e).split())) from None
 
-# %% ../nbs/00_config.ipynb #b7b7cb24
+# %% ../nbs/00_config.ipynb #84c69c41
 def parse_cli(argv, usage:str='') -> DictConfig:
     "Overrides in `argv` → configuration. `--cfg` prints it and leaves with status 0; `--help` prints `usage`."
     argv = list(argv)
@@ -106,7 +106,7 @@ def parse_cli(argv, usage:str='') -> DictConfig:
     if '--cfg' in argv: print(OmegaConf.to_yaml(cfg), end=''); raise SystemExit(0)
     return cfg
 
-# %% ../nbs/00_config.ipynb #960b4757
+# %% ../nbs/00_config.ipynb #5f026bee
 @contextmanager
 def atomic_write(path, mode:str='w'):
     "Open a temporary file that takes the name `path` only when the block ends without an error."
@@ -118,7 +118,7 @@ def atomic_write(path, mode:str='w'):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #fed7fb33
+# %% ../nbs/00_config.ipynb #c4657b9c
 def save_config(cfg: DictConfig, folder) -> Path:
     "Write the resolved configuration as `folder/config.yaml` and return its path."
     path = Path(folder)/'config.yaml'

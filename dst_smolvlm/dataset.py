@@ -6,7 +6,7 @@
 __all__ = ['VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'load_glimpse_scenes', 'corrupt_told', 'DSTStreamDataset',
            'pad_stack', 'StreamCollator']
 
-# %% ../nbs/08_dataset.ipynb #4aad3cb7
+# %% ../nbs/08_dataset.ipynb #545cc1c6
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .state import frame_of
 from .video import frames_to_pixels, iter_frames
 from .world import SPLITS, WorldConfig, make_scene, replay
 
-# %% ../nbs/08_dataset.ipynb #71751e63
+# %% ../nbs/08_dataset.ipynb #9929fa9c
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -40,7 +40,7 @@ class VideoScene:
         return np.stack(frames)
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #7c2e8281
+# %% ../nbs/08_dataset.ipynb #a4ea8455
 @dataclass
 class ToyScenes:
     "Scenes of the toy world by index, without end."
@@ -51,7 +51,7 @@ class ToyScenes:
     def __len__(self): return self.length
     def __getitem__(self, i): return make_scene(i, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #4bff7211
+# %% ../nbs/08_dataset.ipynb #93c6cbcb
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal records to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     ranked = sorted(records, key=lambda r: hashlib.sha256(r.video_uid.encode()).hexdigest())
@@ -59,7 +59,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     n_val, n_test = (max(1, round(shares[1]*n)), max(1, round(shares[2]*n))) if n >= 3 else (0, 0)
     return dict(validation=ranked[:n_val], test=ranked[n_val:n_val+n_test], train=ranked[n_val+n_test:])
 
-# %% ../nbs/08_dataset.ipynb #9fec4561
+# %% ../nbs/08_dataset.ipynb #085f18ec
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -76,13 +76,13 @@ def load_scenes(cfg, split:str) -> Sequence:
     folder = Path(cfg.path) if Path(cfg.path).is_dir() else Path(cfg.path).parent
     return [VideoScene(r, folder/r.video) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #d01273c0
+# %% ../nbs/08_dataset.ipynb #e7b2a272
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from: in the toy world, `cfg.glimpse_world` changes its difficulty; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, WorldConfig(**{**cfg.world, **cfg.glimpse_world}))
 
-# %% ../nbs/08_dataset.ipynb #491e8295
+# %% ../nbs/08_dataset.ipynb #bd9d342c
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -104,7 +104,7 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #b8a9af9b
+# %% ../nbs/08_dataset.ipynb #d57b4b2a
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(self, scenes, layout, image_size:int, max_seq_len:int=2048, corrupt_told:float=.4, drop_replies:float=.12,
@@ -163,14 +163,14 @@ class DSTStreamDataset(Dataset):
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #3f06cc4c
+# %% ../nbs/08_dataset.ipynb #079d293d
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #5c9dbe3d
+# %% ../nbs/08_dataset.ipynb #130a3fe1
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels of all frames are put one after another, in reading order."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_COLORS', 'SPEAK', 'UPDATE', 'WRONG', 'runs', 'draw_lanes', 'draw_decisions', 'word_rows', 'timeline_figure']
 
-# %% ../nbs/12_lanes.ipynb #fb69ad66
+# %% ../nbs/12_lanes.ipynb #b2713961
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -18,18 +18,18 @@ from .records import VideoRecord
 from .state import STATE_NAMES, state_changes
 from .trace import Trace, reference_speech
 
-# %% ../nbs/12_lanes.ipynb #0a08b72c
+# %% ../nbs/12_lanes.ipynb #09125123
 def runs(values) -> list[tuple[int, int, int]]:
     "Stretches of equal values as (first, after the last, value)."
     values = np.asarray(values)
     edges = np.flatnonzero(np.diff(values, prepend=values[:1] - 1)) if len(values) else []
     return [(int(a), int(b), int(values[a])) for a, b in zip(edges, [*edges[1:], len(values)])]
 
-# %% ../nbs/12_lanes.ipynb #8cbbcb3d
+# %% ../nbs/12_lanes.ipynb #2dc66175
 STATE_COLORS = ('#E9E9E9', '#E69F00', '#0072B2')   # not started, in progress, completed
 SPEAK, UPDATE, WRONG = '#D55E00', '#009E73', '#C00000'
 
-# %% ../nbs/12_lanes.ipynb #25f14a0e
+# %% ../nbs/12_lanes.ipynb #68ac0ca2
 def _lane_inches(num_steps: int) -> float:
     "Height of a lane: comfortable for up to eight steps, dense for thirty."
     return float(np.interp(num_steps, [8, 20], [.38, .2]))
@@ -48,7 +48,7 @@ def _draw_steps(ax, pred: np.ndarray, true: np.ndarray|None, fps: float):
         T = min(len(pred), len(true))
         bar(pred[:T, s] != true[:T, s], s, .11, .1, (None, WRONG))
 
-# %% ../nbs/12_lanes.ipynb #89b8c3c5
+# %% ../nbs/12_lanes.ipynb #796257d5
 def _draw_speech(ax, trace: Trace, speech: dict[int, str]|None):
     "User marks at height -2, replies at -1, with the reference's replies hollow below them."
     def mark(frames, y, **style):
@@ -60,7 +60,7 @@ def _draw_speech(ax, trace: Trace, speech: dict[int, str]|None):
     for n, i in enumerate(said if len(said) <= 30 else [], 1):
         ax.annotate(str(n), (i/trace.fps, y), (0, 4), textcoords='offset points', ha='center', va='bottom', fontsize=6.5, color=SPEAK)
 
-# %% ../nbs/12_lanes.ipynb #fd2152f6
+# %% ../nbs/12_lanes.ipynb #0bbf571e
 def _legend(with_truth: bool) -> list:
     "Legend entries in reading order."
     patches = [Patch(color=c, label=n.replace('_', ' ')) for c, n in zip(STATE_COLORS, STATE_NAMES)]
@@ -70,7 +70,7 @@ def _legend(with_truth: bool) -> list:
              Line2D([], [], color=WRONG, lw=2, label='predicted (thick) ≠ true (thin)')]
     return patches + marks + truth*with_truth
 
-# %% ../nbs/12_lanes.ipynb #2ac6fec3
+# %% ../nbs/12_lanes.ipynb #ea15abad
 def draw_lanes(
     trace: Trace,                        # what was believed: the thick bars
     states: np.ndarray|None=None,        # [T, S], what was true: the thin bars
@@ -97,7 +97,7 @@ def draw_lanes(
                          fontsize=8, handlelength=1.2, columnspacing=1.1, handletextpad=.5, borderaxespad=.2)
     return ax.get_figure(root=True)
 
-# %% ../nbs/12_lanes.ipynb #8729c5bd
+# %% ../nbs/12_lanes.ipynb #9df4ad55
 def draw_decisions(trace: Trace, record: VideoRecord|None=None, ax=None) -> Figure:
     "P(speak) and P(update) over time, their thresholds, and ticks at the true events."
     if ax is None: fig, ax = plt.subplots(figsize=(9.5, 1.8), layout='constrained'); plt.close(fig)
@@ -118,7 +118,7 @@ def draw_decisions(trace: Trace, record: VideoRecord|None=None, ax=None) -> Figu
     ax.spines[['top', 'right']].set_visible(False)
     return ax.get_figure(root=True)
 
-# %% ../nbs/12_lanes.ipynb #4ea32558
+# %% ../nbs/12_lanes.ipynb #78616f00
 def word_rows(trace: Trace, record: VideoRecord|None=None, tolerance_s: float=1.) -> list[tuple[float, str, str|None, str|None]]:
     "Rows (time, who, said, should have been said) in order of time; replies and references share a row if they are near."
     fps, expected = trace.fps, {} if record is None else reference_speech(record, trace.fps)
@@ -130,7 +130,7 @@ def word_rows(trace: Trace, record: VideoRecord|None=None, tolerance_s: float=1.
         rows.append((i/fps, f'reply {n}', text, here))
     return sorted(rows + [(j/fps, 'missing', None, text) for j, text in free.items()], key=lambda row: row[0])
 
-# %% ../nbs/12_lanes.ipynb #465437e4
+# %% ../nbs/12_lanes.ipynb #2aec5ded
 def _wrapped_rows(rows, max_rows: int, width: int) -> list[tuple[str, str, str, int]]:
     "(label, left text, right text, number of lines), wrapped to the columns; what exceeds `max_rows` is counted."
     table = []
@@ -153,7 +153,7 @@ def _draw_words(ax, table, with_truth: bool):
         y += lines + .35
     ax.set(xlim=(0, 1), ylim=(y, 0)); ax.axis('off')
 
-# %% ../nbs/12_lanes.ipynb #98e473af
+# %% ../nbs/12_lanes.ipynb #ca9fa972
 def timeline_figure(
     trace: Trace,
     record: VideoRecord|None=None,   # the truth (default: only the trace is shown)

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'GLIMPSE_WEIGHT', 'focal_loss', 'pointer_target', 'pointer_loss', 'LossConfig', 'loss_counts',
            'multitask_loss']
 
-# %% ../nbs/06_loss.ipynb #708f78c8
+# %% ../nbs/06_loss.ipynb #1388e592
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .state import IN_PROGRESS
 
-# %% ../nbs/06_loss.ipynb #48c0f2c7
+# %% ../nbs/06_loss.ipynb #48154703
 def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:torch.Tensor|None=None,
                ignore_index:int=-100) -> torch.Tensor:
     """Sum of `-(1-p)^gamma log p` over labelled items (Lin et al. 2017, eq. 4), from `logits` [..., C] and `target` [...]; `weight`
@@ -26,20 +26,20 @@ def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:
     if weight is not None: item = item*weight
     return torch.where(keep, item, 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #8111c133
+# %% ../nbs/06_loss.ipynb #e73ef90d
 def pointer_target(state_labels:torch.Tensor) -> torch.Tensor:
     "State labels [..., S] → the attention that each step deserves [..., S+1]: equal parts to those in progress, or all to 'none'."
     active = (state_labels == IN_PROGRESS).float()
     n = active.sum(-1, keepdim=True)
     return torch.cat([active/n.clamp_min(1), (n == 0).float()], -1)
 
-# %% ../nbs/06_loss.ipynb #f9fbee32
+# %% ../nbs/06_loss.ipynb #7752e104
 def pointer_loss(logits:torch.Tensor, state_labels:torch.Tensor) -> torch.Tensor:
     "Cross-entropy of pointer `logits` [..., S+1] with `pointer_target`; frames without any label are left out."
     keep = (state_labels != -100).any(-1)
     return torch.where(keep, -(pointer_target(state_labels)*F.log_softmax(logits.float(), -1)).sum(-1), 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #a7535f26
+# %% ../nbs/06_loss.ipynb #e8183012
 @dataclass
 class LossConfig:
     gamma: float = 2.            # focal exponent of the two decisions and of the state; 0 is cross-entropy
@@ -52,7 +52,7 @@ class LossConfig:
     surprise_weight: float = 5.  # weight of state cells whose truth differs from what was told
     negative_keep: float = 1.    # share of the silent frames whose decision loss counts
 
-# %% ../nbs/06_loss.ipynb #c4672362
+# %% ../nbs/06_loss.ipynb #976fed35
 PARTS = ('lm', 'speak', 'update', 'state', 'pointer')
 GLIMPSE_WEIGHT = 2.              # a glimpse counts like so many frames of a stream, which are nearly alike
 
@@ -64,7 +64,7 @@ def loss_counts(batch) -> torch.Tensor:
     if 'glimpse_states' in batch: counts[PARTS.index('pointer')] += GLIMPSE_WEIGHT*(batch['glimpse_states'][..., 0] != -100).sum()
     return counts
 
-# %% ../nbs/06_loss.ipynb #c3203a18
+# %% ../nbs/06_loss.ipynb #ae2b3134
 def multitask_loss(output, batch, cfg:LossConfig, counts:torch.Tensor|None=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "Total loss and its parts; every part is a sum over labelled items divided by `counts` (this batch's own by default)."
     counts = loss_counts(batch) if counts is None else counts

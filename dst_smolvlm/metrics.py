@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'joint_goal_accuracy', 'slot_accuracy', 'named_steps', '
            'score_counts', 'score_traces', 'listed_order', 'rename_steps', 'baseline_trace', 'PRF', 'WINDOWS',
            'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #88ed1fa2
+# %% ../nbs/12_metrics.ipynb #8d95bbbf
 import re, zlib
 from collections import Counter
 from functools import lru_cache
@@ -20,10 +20,10 @@ from .records import VideoRecord
 from .state import state_changes
 from .trace import Trace, oracle_trace, reference_speech, trace_from_states
 
-# %% ../nbs/12_metrics.ipynb #25be96b6
+# %% ../nbs/12_metrics.ipynb #719d7dfb
 _all_ = ['PRF', 'WINDOWS', 'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #21b18eee
+# %% ../nbs/12_metrics.ipynb #c6d77f1f
 def joint_goal_accuracy(
     pred: np.ndarray,   # [T, S]
     true: np.ndarray    # [T, S]
@@ -31,12 +31,12 @@ def joint_goal_accuracy(
     "The share of frames with every step right; None without frames."
     return ratio(int((np.asarray(pred) == true).all(axis=1).sum()), len(true))
 
-# %% ../nbs/12_metrics.ipynb #d01069c8
+# %% ../nbs/12_metrics.ipynb #e50cc617
 def slot_accuracy(pred: np.ndarray, true: np.ndarray) -> float|None:
     "The share of (frame, step) cells that are right; None without cells."
     return ratio(int((np.asarray(pred) == true).sum()), np.size(true))
 
-# %% ../nbs/12_metrics.ipynb #3695318e
+# %% ../nbs/12_metrics.ipynb #d6e6aeae
 _key = lambda name: ' '.join(name.lower().split()).strip(' .')
 
 @lru_cache(256)
@@ -46,13 +46,13 @@ def _names_pattern(step_names: tuple[str, ...]) -> re.Pattern:
     words = '|'.join(r'\s+'.join(map(re.escape, n.split())) for n in longest_first)
     return re.compile(rf'(?<!\w)(?:{words or "(?!)"})(?!\w)', re.IGNORECASE)
 
-# %% ../nbs/12_metrics.ipynb #8c5aa2f9
+# %% ../nbs/12_metrics.ipynb #5ad7e50f
 def named_steps(text: str, step_names: list[str]) -> set[int]:
     "The steps whose name stands in `text`."
     found = {_key(m) for m in _names_pattern(tuple(step_names)).findall(text)}
     return {k for k, name in enumerate(step_names) if _key(name) in found}
 
-# %% ../nbs/12_metrics.ipynb #f329d8ec
+# %% ../nbs/12_metrics.ipynb #e2db94ed
 def response_names_step(
     spoken: list[tuple[int, str]],            # (frame, text) of the replies
     reference_turns: list[tuple[int, str]],   # (frame, text) of what should have been said
@@ -65,7 +65,7 @@ def response_names_step(
     asked = {j: named for j, (_, text) in enumerate(reference_turns) if (named := named_steps(text, step_names))}
     return sum(reply.get(j) == named for j, named in asked.items()), len(asked)
 
-# %% ../nbs/12_metrics.ipynb #f405c90e
+# %% ../nbs/12_metrics.ipynb #ae0cb21b
 def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Counter:
     "Everything that `score_counts` needs to know about one video."
     fps, true, ref = trace.fps, record.states(trace.fps), reference_speech(record, trace.fps)     # true: [T, S]
@@ -82,7 +82,7 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Cou
                    frames=T, frames_right=int((pred == true).all(1).sum()), slots=true.size, slots_right=int((pred == true).sum()),
                    named=named, named_right=right, frames_lacking=max(0, T - len(trace.frames)))
 
-# %% ../nbs/12_metrics.ipynb #e07bdc2e
+# %% ../nbs/12_metrics.ipynb #a8199ee6
 _WHY_UNDEFINED = {
     'speaking_precision': 'nothing was said',
     'speaking_recall': 'nothing was to be said',
@@ -105,7 +105,7 @@ def score_counts(counts: Counter) -> dict:
                    response_names_step=ratio(counts['named_right'], counts['named']))
     return scores | dict(undefined={k: _WHY_UNDEFINED[k] for k, v in scores.items() if v is None}, counts=dict(counts))
 
-# %% ../nbs/12_metrics.ipynb #f93132a0
+# %% ../nbs/12_metrics.ipynb #4d379c92
 def score_traces(
     traces: list[Trace], records: list[VideoRecord],   # one of each per video, in any order
     tolerance_s: float=1.                              # ± seconds for replies and updates
@@ -123,12 +123,12 @@ def score_traces(
     return score_counts(pooled) | dict(videos=len(records), tolerance_s=tolerance_s,
                                        per_video=[{'video_uid': uid} | score_counts(c) for uid, c in counts.items()])
 
-# %% ../nbs/12_metrics.ipynb #be0219cf
+# %% ../nbs/12_metrics.ipynb #c780d2ea
 def listed_order(states: np.ndarray) -> np.ndarray:
     "The same number of steps in each state at each frame, but in listed order."
     return -np.sort(-np.asarray(states), axis=1)   # [T, S]
 
-# %% ../nbs/12_metrics.ipynb #d6ec9a38
+# %% ../nbs/12_metrics.ipynb #d9d7049b
 def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: np.ndarray) -> str:
     "`text` with each named step replaced by the step that is believed to be in its true state ([S] each)."
     def other(match):
@@ -138,7 +138,7 @@ def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: n
         return match[0] if k == step else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
     return _names_pattern(tuple(step_names)).sub(other, text)
 
-# %% ../nbs/12_metrics.ipynb #ae7b4595
+# %% ../nbs/12_metrics.ipynb #3302f619
 BASELINES = ('oracle', 'always_silent', 'prior_rate', 'clock', 'previous_state', 'event_order')
 
 def baseline_trace(

@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL_TOKENS', 'IMAGE_TOKEN', 'SYSTEM', 'tiny_tokenizer', 'toy_texts', 'Prompt', 'StreamLayout', 'StreamTokens',
            'layout_stream']
 
-# %% ../nbs/04_prompt.ipynb #a16522f9
+# %% ../nbs/04_prompt.ipynb #6db78bb2
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from .config import InputError
 from .state import STATE_NAMES, agenda, transitions
 
-# %% ../nbs/04_prompt.ipynb #d78b9af9
+# %% ../nbs/04_prompt.ipynb #20d9858c
 SPECIAL_TOKENS = dict(bos_token='<|im_start|>', eos_token='<end_of_utterance>', pad_token='<|pad|>')
 IMAGE_TOKEN = '<image>'
 
@@ -32,7 +32,7 @@ def tiny_tokenizer(texts, vocab_size:int=768) -> PreTrainedTokenizerFast:
                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=[IMAGE_TOKEN], **SPECIAL_TOKENS)
 
-# %% ../nbs/04_prompt.ipynb #ff59b247
+# %% ../nbs/04_prompt.ipynb #1f725401
 def toy_texts() -> list[str]:
     "What there is to say in the toy world: the corpus of the tiny tokenizer."
     from dst_smolvlm.world import COLOURS, QUESTIONS, SHAPES
@@ -46,14 +46,14 @@ def toy_texts() -> list[str]:
 
 SYSTEM = 'You watch a person at work. Track the steps, and speak when it helps.'
 
-# %% ../nbs/04_prompt.ipynb #b4207a21
+# %% ../nbs/04_prompt.ipynb #34f498b2
 @dataclass
 class Prompt:
     "The beginning of a context: its tokens, and where each step's line stands in it."
     ids: list[int]
     step_spans: list[tuple[int, int]]   # [S] (first token, one past the last) of every step's line; the last token is its marker
 
-# %% ../nbs/04_prompt.ipynb #d0053a90
+# %% ../nbs/04_prompt.ipynb #8eb32da6
 class StreamLayout:
     "Turns task, frames and words into token ids, the same for training and for streaming."
     def __init__(self, tokenizer, tokens_per_frame:int):
@@ -96,7 +96,7 @@ class StreamLayout:
         changed = '; '.join(f'{k+1} {STATE_NAMES[s]}' for k, s in sorted(last.items()))
         return self._turn(f'State: {changed}. {self.agenda(names, after)}')
 
-# %% ../nbs/04_prompt.ipynb #25cb3889
+# %% ../nbs/04_prompt.ipynb #7f4e0151
 @dataclass
 class StreamTokens:
     ids: list[int]                                          # [L]
@@ -108,7 +108,7 @@ class StreamTokens:
         self.ids += ids
         self.labels += ids if learn else [-100]*len(ids)
 
-# %% ../nbs/04_prompt.ipynb #53334364
+# %% ../nbs/04_prompt.ipynb #4cd0c479
 def layout_stream(layout:StreamLayout, record, told, start:int=0, stop:int|None=None, replies:bool=True, frames:bool=True,
                   max_tokens:int|None=None) -> StreamTokens:
     """The tokens of frames `start` to `stop` of `record`. `told` [T+1, S]: row i is the state that the model is told before frame

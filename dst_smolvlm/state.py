@@ -6,18 +6,18 @@
 __all__ = ['NOT_STARTED', 'IN_PROGRESS', 'COMPLETED', 'STATE_NAMES', 'frame_times', 'frame_of', 'states_at', 'states_from_spans',
            'Transition', 'transitions', 'state_changes', 'apply_transitions', 'is_legal', 'legal_ratio', 'agenda']
 
-# %% ../nbs/00_state.ipynb #8a22765e
+# %% ../nbs/00_state.ipynb #3e31076e
 from typing import NamedTuple
 
 import numpy as np
 
 from .config import InputError
 
-# %% ../nbs/00_state.ipynb #42cd6058
+# %% ../nbs/00_state.ipynb #33e95f87
 NOT_STARTED, IN_PROGRESS, COMPLETED = 0, 1, 2
 STATE_NAMES = ('not_started', 'in_progress', 'completed')
 
-# %% ../nbs/00_state.ipynb #3884deba
+# %% ../nbs/00_state.ipynb #2ef013e2
 def frame_times(
     num_frames: int,
     fps: float,   # frames per second; the models here watch at 2
@@ -25,7 +25,7 @@ def frame_times(
     "The time of each frame: `i / fps`."
     return np.arange(num_frames) / fps
 
-# %% ../nbs/00_state.ipynb #113c8aaa
+# %% ../nbs/00_state.ipynb #e05739a9
 def frame_of(
     time: float,  # seconds; times before the video belong to frame 0
     fps: float,
@@ -35,7 +35,7 @@ def frame_of(
     if i/fps < time: return i + 1
     return i - 1 if i and (i-1)/fps >= time else i
 
-# %% ../nbs/00_state.ipynb #471ae5e6
+# %% ../nbs/00_state.ipynb #5f0bfa1e
 def states_at(
     spans: list[list[tuple[float, float]]],  # per step its (start, end) in seconds; none, or a negative start: skipped
     times,                                   # seconds, a number or [T]
@@ -54,7 +54,7 @@ def states_at(
         states[..., s] = np.where(opened > closed, IN_PROGRESS, np.where(opened > 0, COMPLETED, NOT_STARTED))
     return states
 
-# %% ../nbs/00_state.ipynb #f7ce1728
+# %% ../nbs/00_state.ipynb #71130a96
 def states_from_spans(
     spans: list[list[tuple[float, float]]],  # per step its (start, end) in seconds
     fps: float,
@@ -64,7 +64,7 @@ def states_from_spans(
     "The state of every step at every frame."
     return states_at(spans, frame_times(num_frames, fps), repeats)
 
-# %% ../nbs/00_state.ipynb #26c20cba
+# %% ../nbs/00_state.ipynb #38d41078
 class Transition(NamedTuple):
     "One step going from one state to another; `step` counts from 0."
     step: int
@@ -83,7 +83,7 @@ def transitions(
         changes += [Transition(s, 0, 1), Transition(s, 1, 2)] if (b, a) == (0, 2) else [Transition(s, b, a)]
     return changes
 
-# %% ../nbs/00_state.ipynb #058ceefd
+# %% ../nbs/00_state.ipynb #de500d98
 def state_changes(
     states,          # [T, S]
     initial=None,    # [S] states before frame 0; default all not started
@@ -94,7 +94,7 @@ def state_changes(
     changed = np.flatnonzero((before != states).any(axis=1)).tolist()
     return {i: transitions(before[i], states[i]) for i in changed}
 
-# %% ../nbs/00_state.ipynb #d91d780e
+# %% ../nbs/00_state.ipynb #9dba3abd
 def apply_transitions(
     state,                          # [S]
     transitions: list[Transition],
@@ -104,13 +104,13 @@ def apply_transitions(
     for step, _, after in transitions: state[step] = after
     return state
 
-# %% ../nbs/00_state.ipynb #e52fe9c3
+# %% ../nbs/00_state.ipynb #dc4dac73
 def is_legal(transition: Transition, repeats: str = 'merge') -> bool:
     "Whether a step can go this way: one state forward, or back from completed to in progress under `reopen`."
     _, before, after = transition
     return after == before + 1 or (repeats == 'reopen' and (before, after) == (COMPLETED, IN_PROGRESS))
 
-# %% ../nbs/00_state.ipynb #9489b4cd
+# %% ../nbs/00_state.ipynb #8d83f883
 def legal_ratio(
     states,                  # [T, S], usually predicted
     initial=None,            # [S] before frame 0; default all not started
@@ -120,7 +120,7 @@ def legal_ratio(
     legal = [is_legal(t, repeats) for change in state_changes(states, initial).values() for t in change]
     return sum(legal)/len(legal) if legal else None
 
-# %% ../nbs/00_state.ipynb #10f349b8
+# %% ../nbs/00_state.ipynb #a9258041
 def agenda(state) -> tuple[str, int | None]:
     "What a state [S] implies: `('now', step)` in progress, else `('next', step)` not started, else `('done', None)`."
     state = np.asarray(state)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'OnlineStateFilter', 'StepResult', 'StreamRunner', 'stream_record', 'read_steps', 'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #9d050c72
+# %% ../nbs/11_stream.ipynb #1a34cfad
 import itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
 from .video import frames_to_pixels, iter_frames
 
-# %% ../nbs/11_stream.ipynb #88a5d3ab
+# %% ../nbs/11_stream.ipynb #90209ae3
 class OnlineStateFilter:
     "Causal filter from pointer probabilities to a legal sequence of states, by the rules above. It lives outside the model."
     def __init__(self, state, begin:float=2., beside:float=.6, established:int=2, undo_frames:int=2):
@@ -46,7 +46,7 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #c12e8e50
+# %% ../nbs/11_stream.ipynb #a8239fe1
 @dataclass
 class StepResult:
     "What the model made of one frame."
@@ -60,7 +60,7 @@ class StepResult:
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #211d1ada
+# %% ../nbs/11_stream.ipynb #263ecfbb
 class StreamRunner:
     "Pushes frames of one video through the model. All that it remembers between frames is the cache, the told state and the filter."
     def __init__(self, model, layout, steps:list[str], goal:str='', knowledge:str='', state=None, strategy:BaseContextStrategy|None=None,
@@ -129,7 +129,7 @@ class StreamRunner:
         self.pending = [self.layout.end_id] + self.layout.turn_end
         return self.layout.decode(said)
 
-# %% ../nbs/11_stream.ipynb #1cc18c72
+# %% ../nbs/11_stream.ipynb #79fd24b8
 def stream_record(model, layout, record, frames, name:str='model', seed:int=0, meta=None, **options) -> Trace:
     "Stream the `frames` of a record (an iterable of uint8 [H, W, 3]) → the trace. The reference words and states are not looked at."
     runner = StreamRunner(model, layout, [s.name for s in record.steps], record.goal, record.knowledge, **options)
@@ -155,7 +155,7 @@ def stream_record(model, layout, record, frames, name:str='model', seed:int=0, m
         steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
         meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #eb61ea99
+# %% ../nbs/11_stream.ipynb #30bb5c47
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -176,7 +176,7 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #f3f165c2
+# %% ../nbs/11_stream.ipynb #676fa933
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     "Stream a video file at `cfg.eval.fps`; writes the trace to `out` and its picture beside it."
     task, fps = read_steps(steps_file), cfg.eval.fps
@@ -193,7 +193,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #eb6378cd
+# %% ../nbs/11_stream.ipynb #983919e8
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
 Streams a video file through a trained model; leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
 
@@ -217,5 +217,5 @@ def main(argv=None):
     changes = sum(e['type'] == 'state' for e in trace.events)
     print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #155b742c
+# %% ../nbs/11_stream.ipynb #a4d9af45
 if __name__ == '__main__' and '__file__' in globals(): main()

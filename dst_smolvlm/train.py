@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'TellEpoch', 'DSTTrainer', 'check_ranks', 'same_run',
            'last_whole_checkpoint', 'move_aside', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #4cba8576
+# %% ../nbs/09_train.ipynb #ebc3db2d
 import itertools, json, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load
 from .loss import PARTS, LossConfig, loss_counts, multitask_loss
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #bf9c9d3b
+# %% ../nbs/09_train.ipynb #cb549df2
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -40,7 +40,7 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #7469e580
+# %% ../nbs/09_train.ipynb #c470fec5
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
@@ -51,13 +51,13 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     try: return DSTTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as e: raise InputError(f'train: {e}') from None
 
-# %% ../nbs/09_train.ipynb #9b6fbea9
+# %% ../nbs/09_train.ipynb #58ec324b
 class TellEpoch(TrainerCallback):
     "Tells the dataset its epoch."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, 'set_epoch'): train_dataloader.dataset.set_epoch(int(state.epoch))
 
-# %% ../nbs/09_train.ipynb #f902d4d2
+# %% ../nbs/09_train.ipynb #f6e8b1c1
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -91,7 +91,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #0368b2d0
+# %% ../nbs/09_train.ipynb #44e36623
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -104,13 +104,13 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #ceb1bb1b
+# %% ../nbs/09_train.ipynb #89e4bf2d
 def same_run(cfg, out:Path) -> bool:
     "Is what lies in `out` of the same configuration?"
     path = out/'config.yaml'
     return path.is_file() and OmegaConf.to_container(OmegaConf.load(path)) == OmegaConf.to_container(cfg)
 
-# %% ../nbs/09_train.ipynb #ac5cde90
+# %% ../nbs/09_train.ipynb #97e8602b
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -119,7 +119,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_train.ipynb #afecfa23
+# %% ../nbs/09_train.ipynb #21d6227f
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -128,7 +128,7 @@ def move_aside(out:Path):
     os.replace(out/'checkpoint', kept)
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/09_train.ipynb #e417eb1e
+# %% ../nbs/09_train.ipynb #96b320a2
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -162,7 +162,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #cc6edc77
+# %% ../nbs/09_train.ipynb #0a20aa4e
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -174,5 +174,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #518d0e3a
+# %% ../nbs/09_train.ipynb #a9dac375
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_video', 'Frame', 'iter_frames', 'read_frames', 'frames_to_pixels']
 
-# %% ../nbs/02_video.ipynb #29b77ec6
+# %% ../nbs/02_video.ipynb #414fec47
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import SmolVLMImageProcessorPil
 
 from .config import InputError, atomic_write
 
-# %% ../nbs/02_video.ipynb #ab1c3802
+# %% ../nbs/02_video.ipynb #804a8a49
 def write_video(
     path,
     frames: np.ndarray,  # uint8 [T, H, W, 3], H and W even
@@ -31,7 +31,7 @@ def write_video(
         for image in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
         container.mux(stream.encode(None))
 
-# %% ../nbs/02_video.ipynb #2cac660f
+# %% ../nbs/02_video.ipynb #aafcaa94
 def _pictures(path) -> Iterator[tuple[float, av.VideoFrame]]:
     "Every picture of the file with its time in seconds, the first at 0; raises `InputError` where the file is damaged."
     if not Path(path).is_file(): raise InputError(f'{path}: no such video file')
@@ -58,14 +58,14 @@ def _pictures(path) -> Iterator[tuple[float, av.VideoFrame]]:
     promised = float(min(filter(None, lengths), default=0))
     if end < promised - .5: raise InputError(f'{path}: cut off after {end:.1f} s of {promised:.1f} s')
 
-# %% ../nbs/02_video.ipynb #a794c7f5
+# %% ../nbs/02_video.ipynb #924f1f19
 class Frame(NamedTuple):
     "What a model sees at `time = index / fps`."
     index: int
     time: float        # seconds
     image: np.ndarray  # uint8 [H, W, 3]
 
-# %% ../nbs/02_video.ipynb #09ee68a3
+# %% ../nbs/02_video.ipynb #483f0755
 def iter_frames(
     path,
     fps: float = 2.0,  # frames per second of the result, whatever the file's own rate
@@ -80,12 +80,12 @@ def iter_frames(
         shown = picture
     if index/fps == time: yield Frame(index, time, shown.to_ndarray(format='rgb24'))
 
-# %% ../nbs/02_video.ipynb #43f9efd2
+# %% ../nbs/02_video.ipynb #3bff4918
 def read_frames(path, fps: float = 2.0) -> np.ndarray:  # uint8 [T, H, W, 3]
     "All frames of a video at once."
     return np.stack([frame.image for frame in iter_frames(path, fps)])
 
-# %% ../nbs/02_video.ipynb #03c327c9
+# %% ../nbs/02_video.ipynb #ade1a846
 def frames_to_pixels(
     frames,           # uint8 [T, H, W, 3], or a list of [H, W, 3]
     image_size: int,  # S, the vision tower's input

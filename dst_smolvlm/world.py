@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SHAPES', 'SPLITS', 'QUESTIONS', 'Part', 'all_parts', 'draw_part', 'WorldConfig', 'Scene', 'split_of',
            'reply', 'make_scene', 'in_hand', 'render_frame', 'render', 'replay', 'build_sample', 'main']
 
-# %% ../nbs/03_world.ipynb #1da56fc9
+# %% ../nbs/03_world.ipynb #bae38409
 import hashlib, math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,7 +20,7 @@ from .records import Step, Turn, VideoRecord, write_records
 from .state import agenda
 from .video import write_video
 
-# %% ../nbs/03_world.ipynb #80fbc7a0
+# %% ../nbs/03_world.ipynb #60dcaaaf
 COLOURS = dict(red=(214, 48, 49), green=(0, 148, 84), blue=(40, 96, 216), yellow=(246, 205, 60), purple=(140, 72, 178),
                orange=(240, 130, 30), cyan=(70, 200, 222), white=(244, 244, 240))
 SHAPES = ('circle', 'ring', 'bar', 'cross', 'triangle', 'star', 'square')
@@ -31,7 +31,7 @@ class Part:
     shape: str
     def __str__(self): return f'{self.colour} {self.shape}'
 
-# %% ../nbs/03_world.ipynb #e22aa963
+# %% ../nbs/03_world.ipynb #ba44d9d7
 def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]:
     "Every part of a world in which parts differ by `colour`, by `shape`, or by `both`."
     if identity == 'colour': return [Part(c, 'circle') for c in colours]
@@ -39,7 +39,7 @@ def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]
     if identity == 'both': return [Part(c, s) for c in colours for s in shapes]
     raise InputError(f"data.world.identity={identity}: choose 'colour', 'shape' or 'both'")
 
-# %% ../nbs/03_world.ipynb #3c306416
+# %% ../nbs/03_world.ipynb #95485f27
 def draw_part(draw, part:Part, x:float, y:float, r:float):
     "Draw `part` with radius `r` pixels around (`x`, `y`)."
     fill, line = COLOURS[part.colour], (20, 20, 20)
@@ -59,7 +59,7 @@ def draw_part(draw, part:Part, x:float, y:float, r:float):
         draw.polygon([(x+dx, y+dy) for dx, dy in ((-b,-a),(b,-a),(b,-b),(a,-b),(a,b),(b,b),(b,a),(-b,a),(-b,b),(-a,b),(-a,-b),(-b,-b))],
                      fill=fill, outline=line)
 
-# %% ../nbs/03_world.ipynb #43b38a87
+# %% ../nbs/03_world.ipynb #3c4883c9
 @dataclass(frozen=True)
 class WorldConfig:
     identity: str = 'both'         # what tells parts apart: 'colour', 'shape' or 'both'
@@ -83,7 +83,7 @@ class WorldConfig:
     fps: float = 2.
     image_size: int = 64
 
-# %% ../nbs/03_world.ipynb #b145228f
+# %% ../nbs/03_world.ipynb #5267b922
 @dataclass
 class Scene:
     record: VideoRecord
@@ -97,7 +97,7 @@ class Scene:
         "When something is in the hand: (start, end) in seconds of every step and wrong pick."
         return [s for step in self.record.steps for s in step.spans if s[0] >= 0] + [(a, b) for a, b, _ in self.wrong]
 
-# %% ../nbs/03_world.ipynb #674d284f
+# %% ../nbs/03_world.ipynb #ed68ce1b
 SPLITS = ('train', 'validation', 'test')
 
 def split_of(parts) -> str:
@@ -105,7 +105,7 @@ def split_of(parts) -> str:
     digest = hashlib.sha256(','.join(sorted(map(str, parts))).encode()).digest()[0]
     return SPLITS[0] if digest % 10 < 8 else SPLITS[1] if digest % 10 == 8 else SPLITS[2]
 
-# %% ../nbs/03_world.ipynb #a096acc3
+# %% ../nbs/03_world.ipynb #5cfe4114
 def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
     "Frames of every step (by position in `order`), of wrong picks and of questions, and the number of frames."
     spans, wrong, asked, t, overlaps = [], [], [], int(rng.integers(cfg.min_idle, cfg.max_idle + 1)), False
@@ -122,7 +122,7 @@ def _plan(order, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
         t += idle
     return spans, wrong, asked, t + cfg.min_idle
 
-# %% ../nbs/03_world.ipynb #6d947a97
+# %% ../nbs/03_world.ipynb #e09fdcff
 QUESTIONS = ('What should I do now?', 'Which step is it?', 'What comes now?')
 
 def reply(kind:str, state, names) -> str:
@@ -131,7 +131,7 @@ def reply(kind:str, state, names) -> str:
     what = 'All steps are done.' if k is None else f'{when.capitalize()}, {names[k]}.'
     return {'start': 'Hello. ', 'completed': 'Well done. ', 'mistake': 'Wrong part. ', 'question': ''}[kind] + what
 
-# %% ../nbs/03_world.ipynb #8c590c08
+# %% ../nbs/03_world.ipynb #6b462b3b
 def _compose(pool, split, cfg:WorldConfig, rng) -> tuple[list[Part], list[Part]]:
     "Parts of the steps of a video, a composition that belongs to `split`, and the parts that are left for mistakes."
     most = min(cfg.max_steps, len(pool) - 1)
@@ -144,7 +144,7 @@ def _compose(pool, split, cfg:WorldConfig, rng) -> tuple[list[Part], list[Part]]
         if split_of(order[:n]) == split: return order[:n], order[n:]
     raise InputError(f'data.world: its {len(pool)} parts make too few compositions, none of them for {split}; use more colours or shapes')
 
-# %% ../nbs/03_world.ipynb #b0dfb79e
+# %% ../nbs/03_world.ipynb #b2c45815
 def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed:int=0) -> Scene:
     "Scene number `index` of a split."
     if split not in SPLITS: raise InputError(f"split={split}: choose one of {', '.join(SPLITS)}")
@@ -168,7 +168,7 @@ def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed
     record.turns.extend(_speak(record, sorted(events), rng))
     return Scene(record, drawn, boxes, picks, seed=int(rng.integers(2**31)), config=cfg)
 
-# %% ../nbs/03_world.ipynb #77160316
+# %% ../nbs/03_world.ipynb #3ed36fa1
 def _speak(record:VideoRecord, events, rng) -> list[Turn]:
     "Turns for `events` [(frame, kind)], from the true states."
     states, names, turns = record.states(), [s.name for s in record.steps], []
@@ -178,7 +178,7 @@ def _speak(record:VideoRecord, events, rng) -> list[Turn]:
         turns.append(Turn(role='assistant', time=t, content=reply(kind, states[frame], names)))
     return turns
 
-# %% ../nbs/03_world.ipynb #35b2e937
+# %% ../nbs/03_world.ipynb #251f54a9
 def _path(u:float, box:int, size:int) -> tuple[float, float]:
     "Where a part is at share `u` of its way (0 at the tray, 1 in the box), in pixels."
     tray, centre, target = (.5, .30), (.5, .48), (.22 + .28*(box - 1), .64)
@@ -202,7 +202,7 @@ def _draw_hand(draw, x:float, y:float, size:int):
     draw.line((x + 10*s, size + 4*s, x + 3*s, y + 9*s), fill=skin, width=round(9*s))
     draw.ellipse((x-6*s, y+3*s, x+8*s, y+15*s), fill=skin, outline=(150, 100, 80))
 
-# %% ../nbs/03_world.ipynb #dde2b28a
+# %% ../nbs/03_world.ipynb #8775b52a
 def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
     "(part, share of the way, box) of everything that is carried at `t` seconds."
     carried = []
@@ -215,7 +215,7 @@ def in_hand(scene:Scene, t:float) -> list[tuple[Part, float, int]]:
         if start <= t < end: carried.append((part, .2*min(1, (end - t)*2/(end - start)), 1))   # it goes back to the tray
     return carried
 
-# %% ../nbs/03_world.ipynb #aea4e277
+# %% ../nbs/03_world.ipynb #7f72630c
 @lru_cache(64)
 def _look(seed:int) -> tuple[tuple[int, int, int], float, float]:
     "What stays the same in a video: the colour of the table, phase and speed of the light."
@@ -223,7 +223,7 @@ def _look(seed:int) -> tuple[tuple[int, int, int], float, float]:
     base = rng.uniform(90, 190, 3)*(.9, 1, 1.05)
     return tuple(int(v) for v in base.clip(0, 255)), rng.uniform(0, 6.3), rng.uniform(.1, .6)
 
-# %% ../nbs/03_world.ipynb #559e8ff4
+# %% ../nbs/03_world.ipynb #0a5a31c4
 def render_frame(scene:Scene, i:int) -> np.ndarray:
     "Frame `i` as uint8 [H, W, 3]."
     cfg, rng = scene.config, np.random.default_rng([scene.seed, i])
@@ -246,13 +246,13 @@ def render_frame(scene:Scene, i:int) -> np.ndarray:
     noise = rng.integers(-6, 7, (size, size, 1), dtype=np.int8)
     return (np.asarray(img, np.float32)*np.float32(light) + noise).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/03_world.ipynb #dfc754a4
+# %% ../nbs/03_world.ipynb #b79f66ed
 def render(scene:Scene, start:int=0, stop:int|None=None) -> np.ndarray:
     "Frames `start` to `stop` (all by default) as uint8 [T, H, W, 3]."
     stop = scene.record.num_frames() if stop is None else stop
     return np.stack([render_frame(scene, i) for i in range(start, stop)])
 
-# %% ../nbs/03_world.ipynb #85357ec7
+# %% ../nbs/03_world.ipynb #9e548a85
 def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     "A scene that draws the timeline of `record`; the names of its steps tell the part that stands for each."
     seed = int.from_bytes(hashlib.sha256(record.video_uid.encode()).digest()[:4], 'big')
@@ -264,7 +264,7 @@ def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     return Scene(record.model_copy(update={'steps': steps}), parts, [1 + i % 3 for i in range(len(parts))], seed=seed,
                  config=replace(cfg, fps=record.fps))
 
-# %% ../nbs/03_world.ipynb #37e6e51f
+# %% ../nbs/03_world.ipynb #ead9c424
 def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> list[VideoRecord]:
     "Write `n` short test videos as mp4 and their records as `toy.jsonl` into the folder `out`."
     out, records = Path(out), []
@@ -276,7 +276,7 @@ def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> lis
     write_records(records, out/'toy.jsonl')
     return records
 
-# %% ../nbs/03_world.ipynb #ca4e04ac
+# %% ../nbs/03_world.ipynb #51d5c20b
 @run_cli
 def main(argv=None):
     "The command: `sample --out FOLDER` writes eight short test videos and their records."
@@ -286,5 +286,5 @@ def main(argv=None):
     records = build_sample(argv[2])
     print(f'{len(records)} videos and toy.jsonl in {argv[2]}')
 
-# %% ../nbs/03_world.ipynb #724074c0
+# %% ../nbs/03_world.ipynb #807d2095
 if __name__ == '__main__' and '__file__' in globals(): main()
