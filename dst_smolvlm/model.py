@@ -6,7 +6,7 @@
 __all__ = ['DSTSmolVLMConfig', 'tiny_config', 'image_seq_len', 'pool_tokens', 'StepMemory', 'HeadsOutput', 'DSTHeads',
            'DSTSmolVLM', 'build_tiny', 'save_model', 'quiet', 'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #9dc07622
+# %% ../nbs/05_model.ipynb #c70812e9
 import math, os, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, logging
 from .config import InputError
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
 
-# %% ../nbs/05_model.ipynb #3b40b958
+# %% ../nbs/05_model.ipynb #b7888754
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
@@ -30,7 +30,7 @@ class DSTSmolVLMConfig(SmolVLMConfig):
     head_size: int = 0                 # width of the pointer and of the state head; 0 is the text model's hidden size
     unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch
 
-# %% ../nbs/05_model.ipynb #3341af50
+# %% ../nbs/05_model.ipynb #8c6bb486
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
                 image_size:int=64, scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
@@ -42,12 +42,12 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
     return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1,
                             image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True)
 
-# %% ../nbs/05_model.ipynb #984cc90a
+# %% ../nbs/05_model.ipynb #3b7eb4a1
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_model.ipynb #b5e779ce
+# %% ../nbs/05_model.ipynb #f678d585
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -57,7 +57,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_model.ipynb #355e1f46
+# %% ../nbs/05_model.ipynb #c48ec330
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -75,7 +75,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_model.ipynb #b0b66e57
+# %% ../nbs/05_model.ipynb #30992c17
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -122,12 +122,12 @@ class DSTHeads(nn.Module):
 
     @staticmethod
     def outdated(state_logits, told, valid) -> torch.Tensor:
-        "Half the log-odds [B, T], cut at ±4, that some step is not in the state that was told."
+        "Log-odds [B, T], cut at ±8, that some step is not in the state that was told."
         as_told = F.log_softmax(state_logits, -1).gather(-1, told[..., None])[..., 0]       # [B, T, S]
         same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
-        return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)/2
+        return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
 
-# %% ../nbs/05_model.ipynb #de2b38b1
+# %% ../nbs/05_model.ipynb #1be35e0d
 class DSTSmolVLM(SmolVLMForConditionalGeneration):
     "SmolVLM2 that decides at every frame. See `forward` for the whole picture."
     config_class = DSTSmolVLMConfig
@@ -224,7 +224,7 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
             out.glimpse_logits = self.heads.point(seen.unflatten(0, (len(words), -1)), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #ac696e20
+# %% ../nbs/05_model.ipynb #8075b222
 def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The tiny model with random weights, and its layout."
     cfg = dict(cfg or {})
@@ -235,7 +235,7 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     model.set_attn_implementation(dict(vision_config='eager'))    # on 64 patches faster than the fused kernel
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #993727eb
+# %% ../nbs/05_model.ipynb #672a42e8
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     "Write weights (safetensors), configuration and tokenizer as `folder`, whole or not at all."
     folder = Path(folder)
@@ -246,7 +246,7 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     os.replace(tmp, folder)
     return folder
 
-# %% ../nbs/05_model.ipynb #f1add36f
+# %% ../nbs/05_model.ipynb #11cd77ab
 @contextmanager
 def quiet():
     "Without the library's progress bars and reports."
@@ -255,7 +255,7 @@ def quiet():
     try: yield
     finally: logging.set_verbosity(level); logging.enable_progress_bar()
 
-# %% ../nbs/05_model.ipynb #43ac6ef5
+# %% ../nbs/05_model.ipynb #e1cbb28c
 @quiet()
 def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.float32) -> tuple[DSTSmolVLM, StreamLayout]:
     "One of our checkpoints, or a plain SmolVLM2 (whose new heads are then random), from a folder or a hub name."
@@ -281,7 +281,7 @@ def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.floa
     model.heads.float()
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #29605c6d
+# %% ../nbs/05_model.ipynb #a72653e3
 def load_model(cfg, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The model of the configuration group `model`: from its `checkpoint`, or the tiny one with random weights."
     if cfg.checkpoint is None: return build_tiny({k: cfg[k] for k in ('hidden_size', 'layers', 'vision_size', 'image_size')}, seed)
