@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'THRESHOLD_GRID', 'COLUMNS', 'BASELINE_ROWS', 'STYLE', 'U
            'stream_one', 'end_with_parent', 'stream_scenes', 'with_threshold', 'tune_thresholds', 'score_row',
            'format_rows', 'run_meta', 'figure_png', 'report_html', 'evaluate', 'main']
 
-# %% ../nbs/13_evaluate.ipynb #613952b8
+# %% ../nbs/13_evaluate.ipynb #cab3dee0
 import base64, hashlib, html, io, json, os, platform, shlex, threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .model import load_pretrained
 from .stream import stream_record
 from .trace import read_trace, write_trace
 
-# %% ../nbs/13_evaluate.ipynb #7429f462
+# %% ../nbs/13_evaluate.ipynb #6395fff5
 @dataclass(frozen=True)
 class Variant:
     "One way to stream a video; a row of the scores."
@@ -43,7 +43,7 @@ VARIANTS = (Variant('model', what='own feedback, with the online filter'),
             Variant('control_grey', control='grey', what='control: every frame is grey'),
             Variant('control_permuted', control='permuted', what='control: the step lines are permuted'))
 
-# %% ../nbs/13_evaluate.ipynb #2c0fceea
+# %% ../nbs/13_evaluate.ipynb #d6445272
 def controlled(variant:Variant, scene, seed:int=0):
     "The record and the frames that a variant streams: the scene's own, or spoiled ones."
     record, frames = scene.record, scene.frames()
@@ -55,14 +55,14 @@ def controlled(variant:Variant, scene, seed:int=0):
         record = record.model_copy(update={'steps': [s.model_copy(update={'name': name}) for s, name in zip(record.steps, names)]})
     return record, frames
 
-# %% ../nbs/13_evaluate.ipynb #59c4ec94
+# %% ../nbs/13_evaluate.ipynb #edd7136c
 def weights_hash(checkpoint) -> str:
     "Short hash of the weights, so that a trace of another model is never taken for this one's."
     digest = hashlib.sha256()
     for path in sorted(Path(checkpoint).glob('*.safetensors')): digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/13_evaluate.ipynb #73bf205e
+# %% ../nbs/13_evaluate.ipynb #6f6bbfe4
 _loaded = {}
 
 def stream_one(checkpoint:str, scene, variant:Variant, thresholds:dict, strategy:dict, max_reply_tokens:int,
@@ -81,13 +81,13 @@ def stream_one(checkpoint:str, scene, variant:Variant, thresholds:dict, strategy
     write_trace(trace, path)
     return path
 
-# %% ../nbs/13_evaluate.ipynb #daad0063
+# %% ../nbs/13_evaluate.ipynb #30bb6bae
 def end_with_parent():
     "In a worker: a thread that ends the process when its parent was killed, and could not say goodbye."
     def watch(): parent_process().join(); os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/13_evaluate.ipynb #f9fceb56
+# %% ../nbs/13_evaluate.ipynb #aba0119f
 def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream') -> dict[str, list]:
     "Stream every scene in every variant, in parallel, resuming what is there; → traces by the variant's name."
     weights, max_reply_tokens = weights_hash(checkpoint), cfg.eval.max_reply_tokens
@@ -113,7 +113,7 @@ def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='
             paths = [f.result() for f in futures]
     return {v.name: [read_trace(p) for (name, _), p in zip(jobs, paths) if name == v.name] for v in variants}
 
-# %% ../nbs/13_evaluate.ipynb #906f135d
+# %% ../nbs/13_evaluate.ipynb #a0f64269
 def with_threshold(trace, head:str, theta:float):
     "The trace as if `head` had used the threshold `theta` (feedback left as it was)."
     meta = trace.meta | dict(thresholds=trace.meta['thresholds'] | {head: theta})
@@ -121,7 +121,7 @@ def with_threshold(trace, head:str, theta:float):
     if head == 'speak': frames = [f.model_copy(update={'text': (f.text or '…') if f.speak_prob >= theta else None}) for f in frames]
     return trace.model_copy(update=dict(meta=meta, frames=frames))
 
-# %% ../nbs/13_evaluate.ipynb #2cf068f4
+# %% ../nbs/13_evaluate.ipynb #ba620a4d
 THRESHOLD_GRID = np.arange(.05, 1., .05)
 
 def tune_thresholds(traces, records, tolerance_s:float, grid=THRESHOLD_GRID) -> dict[str, float]:
@@ -136,7 +136,7 @@ def tune_thresholds(traces, records, tolerance_s:float, grid=THRESHOLD_GRID) -> 
         best[head] = round(float(grid[top[len(top)//2]]), 3)
     return best
 
-# %% ../nbs/13_evaluate.ipynb #61c08f4d
+# %% ../nbs/13_evaluate.ipynb #90e73ce6
 COLUMNS = ('speaking_f1', 'update_f1', 'joint_goal_accuracy', 'slot_accuracy', 'response_names_step')
 BASELINE_ROWS = dict(
     oracle='the reference itself',
@@ -159,7 +159,7 @@ def format_rows(rows) -> str:
     widths = [max(len(row[i]) for row in [head] + body) for i in range(len(head))]
     return '\n'.join('  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in [head] + body)
 
-# %% ../nbs/13_evaluate.ipynb #1b5a1745
+# %% ../nbs/13_evaluate.ipynb #4ef156cb
 def run_meta(cfg, checkpoint, thresholds, records, argv) -> dict:
     "Everything that one needs to make the figures again."
     uids = hashlib.sha256('\n'.join(json.dumps(r.model_dump(mode='json'), sort_keys=True) for r in records).encode()).hexdigest()[:12]
@@ -172,7 +172,7 @@ def run_meta(cfg, checkpoint, thresholds, records, argv) -> dict:
         hardware=f'{platform.machine()}, {os.cpu_count()} cores', python=platform.python_version(),
         versions={p: version(p) for p in ('torch', 'transformers', 'accelerate', 'numpy')})
 
-# %% ../nbs/13_evaluate.ipynb #c68d4143
+# %% ../nbs/13_evaluate.ipynb #236d36e1
 def figure_png(fig) -> str:
     "A figure as a data URI, so that the report is one file."
     out = io.BytesIO()
@@ -189,7 +189,7 @@ pre{padding:.8em;overflow:auto}
 .model td{font-weight:600}
 .note{color:#555}"""
 
-# %% ../nbs/13_evaluate.ipynb #2612f7dd
+# %% ../nbs/13_evaluate.ipynb #cf1970b0
 def report_html(rows, meta, traces, records, what) -> str:
     "The self-contained report: the rows, what they mean, how they were made, and the timelines of the videos."
     cell = lambda v: '–' if v is None else f'{v:.3f}'
@@ -214,7 +214,7 @@ a model that scores without pictures, or with the wrong names on the step lines,
 <h2>Timelines</h2><p>Thick lanes: predicted; thin: true.</p>{pictures}
 <h2>How this was made</h2><pre>{html.escape(json.dumps(meta, indent=1))}</pre></html>"""
 
-# %% ../nbs/13_evaluate.ipynb #8fcc2577
+# %% ../nbs/13_evaluate.ipynb #b1e80acf
 def evaluate(cfg, argv=()) -> dict:
     "Stream and score a checkpoint by a configuration; leaves traces, `scores.json` and `report.html` in the output folder."
     out = Path(cfg.output_dir)
@@ -225,12 +225,13 @@ def evaluate(cfg, argv=()) -> dict:
     test, validation = load_scenes(cfg.data, cfg.eval.split), load_scenes(cfg.data, 'validation')
     if not len(test): raise InputError(f'data={cfg.data.name}: the split {cfg.eval.split} is empty; choose another with eval.split=train')
     test, validation = [test[i] for i in range(len(test))], [validation[i] for i in range(len(validation))]
-    thresholds, source = dict(speak=.5, update=.5), 'left at .5, as there are no validation videos'
-    if validation:
+    thresholds = dict(speak=cfg.eval.speak_threshold, update=cfg.eval.update_threshold)
+    source = 'as configured' if validation else 'as configured, as there are no validation videos'
+    if cfg.eval.tune_thresholds and validation:
         tuned = stream_scenes(checkpoint, validation, VARIANTS[:1], thresholds, cfg, out/'traces'/'validation', 'validation')['model']
         thresholds = tune_thresholds(tuned, [s.record for s in validation], cfg.eval.tolerance_s)
         source = f'tuned on {len(validation)} validation videos'
-    if cfg.eval.split == 'validation': source += ', which are the scored videos themselves'
+        if cfg.eval.split == 'validation': source += ', which are the scored videos themselves'
     if cfg.eval.split == 'train': source += '; the scored videos were trained on, so this says nothing of unseen ones'
     variants, spoiled = VARIANTS if cfg.eval.controls else VARIANTS[:2], test[:int(cfg.eval.controls)]
     traces = stream_scenes(checkpoint, test, variants, thresholds, cfg, out/'traces'/cfg.eval.split, cfg.eval.split)
@@ -247,7 +248,7 @@ def evaluate(cfg, argv=()) -> dict:
     print(format_rows(rows), f"\n\n{meta['videos']} {cfg.eval.split} videos, thresholds {source}; {out/'report.html'} has their timelines")
     return dict(rows=rows, meta=meta)
 
-# %% ../nbs/13_evaluate.ipynb #0e16db09
+# %% ../nbs/13_evaluate.ipynb #cb22a3d0
 USAGE = """usage: python -m dst_smolvlm.evaluate [--cfg] [group=choice] [group.key=value] ...
 Streams the videos of eval.split with OUTPUT_DIR/checkpoint and leaves traces, scores.json and report.html there."""
 
@@ -256,5 +257,5 @@ def main(argv=None):
     "The command: overrides → scores and report."
     evaluate(parse_cli(argv, USAGE), argv)
 
-# %% ../nbs/13_evaluate.ipynb #16098784
+# %% ../nbs/13_evaluate.ipynb #1219c826
 if __name__ == '__main__' and '__file__' in globals(): main()

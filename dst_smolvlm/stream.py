@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGE', 'OnlineStateFilter', 'StepResult', 'StreamRunner', 'stream_record', 'read_steps', 'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #1a34cfad
+# %% ../nbs/11_stream.ipynb #2ed223e7
 import itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from transformers import DynamicCache
 
 from .cache import BaseContextStrategy, Context, NoStrategy, make_strategy
 from .config import InputError, atomic_write, parse_cli, run_cli
+from .lanes import timeline_figure
 from .model import load_pretrained
 from .records import Step, Turn, VideoRecord
 from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
 from .video import frames_to_pixels, iter_frames
 
-# %% ../nbs/11_stream.ipynb #90209ae3
+# %% ../nbs/11_stream.ipynb #326fe498
 class OnlineStateFilter:
     "Causal filter from pointer probabilities to a legal sequence of states, by the rules above. It lives outside the model."
     def __init__(self, state, begin:float=2., beside:float=.6, established:int=2, undo_frames:int=2):
@@ -46,7 +47,7 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #a8239fe1
+# %% ../nbs/11_stream.ipynb #147c5bc8
 @dataclass
 class StepResult:
     "What the model made of one frame."
@@ -60,7 +61,7 @@ class StepResult:
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #263ecfbb
+# %% ../nbs/11_stream.ipynb #e4db63b0
 class StreamRunner:
     "Pushes frames of one video through the model. All that it remembers between frames is the cache, the told state and the filter."
     def __init__(self, model, layout, steps:list[str], goal:str='', knowledge:str='', state=None, strategy:BaseContextStrategy|None=None,
@@ -129,7 +130,7 @@ class StreamRunner:
         self.pending = [self.layout.end_id] + self.layout.turn_end
         return self.layout.decode(said)
 
-# %% ../nbs/11_stream.ipynb #79fd24b8
+# %% ../nbs/11_stream.ipynb #8b0bd628
 def stream_record(model, layout, record, frames, name:str='model', seed:int=0, meta=None, **options) -> Trace:
     "Stream the `frames` of a record (an iterable of uint8 [H, W, 3]) → the trace. The reference words and states are not looked at."
     runner = StreamRunner(model, layout, [s.name for s in record.steps], record.goal, record.knowledge, **options)
@@ -155,7 +156,7 @@ def stream_record(model, layout, record, frames, name:str='model', seed:int=0, m
         steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
         meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #30bb5c47
+# %% ../nbs/11_stream.ipynb #e5599247
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -176,7 +177,7 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #676fa933
+# %% ../nbs/11_stream.ipynb #47751620
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     "Stream a video file at `cfg.eval.fps`; writes the trace to `out` and its picture beside it."
     task, fps = read_steps(steps_file), cfg.eval.fps
@@ -189,11 +190,12 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
                          steps=[Step(id=f'S{k+1}', name=name, spans=[]) for k, name in enumerate(task['steps'])],
                          turns=[Turn(role='user', time=t['time'], content=t['content']) for t in task['turns']])
     trace = stream_record(model.eval(), layout, record, frames, name=str(checkpoint),
-                          strategy=make_strategy(cfg.context_strategy), max_reply_tokens=cfg.eval.max_reply_tokens)
+                          strategy=make_strategy(cfg.context_strategy), speak_threshold=cfg.eval.speak_threshold,
+                          update_threshold=cfg.eval.update_threshold, max_reply_tokens=cfg.eval.max_reply_tokens)
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #983919e8
+# %% ../nbs/11_stream.ipynb #1f7895c9
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
 Streams a video file through a trained model; leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
 
@@ -212,10 +214,9 @@ def main(argv=None):
     if missing: raise InputError(f'{", ".join(missing)}: missing. {USAGE.splitlines()[0]}')
     trace = stream_file(videos[0], options['steps'], options['checkpoint'], options['out'], cfg)
     picture = Path(options['out']).with_suffix('.png')
-    from dst_smolvlm.lanes import timeline_figure
     with atomic_write(picture, 'wb') as f: timeline_figure(trace).savefig(f, format='png', dpi=110, bbox_inches='tight')
     changes = sum(e['type'] == 'state' for e in trace.events)
     print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #a4d9af45
+# %% ../nbs/11_stream.ipynb #325b3d03
 if __name__ == '__main__' and '__file__' in globals(): main()

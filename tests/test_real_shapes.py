@@ -40,7 +40,8 @@ def item(layout):
     row = dict(input_ids=stream.ids, labels=stream.labels, frame_positions=stream.frame_positions, step_spans=stream.step_spans,
                told=told[:2], state_labels=states, speak_labels=[0, 1], update_labels=[1, 1])
     torch.manual_seed(1)
-    return [{k: torch.as_tensor(v) for k, v in row.items()} | dict(pixel_values=torch.randn(2, 3, 512, 512))], []
+    return [{k: torch.as_tensor(v) for k, v in row.items()} | dict(
+        pixel_values=torch.randn(2, 3, 512, 512), learn_frames=torch.ones(2, dtype=torch.bool))], []
 
 
 class Gradients(TrainerCallback):
