@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'Context', 'Continuation', 'BaseContextStrategy', 'register', 'NoStrategy', 'DropAll', 'make_strategy']
 
-# %% ../nbs/10_cache.ipynb #92550839
+# %% ../nbs/10_cache.ipynb #76c68425
 from dataclasses import dataclass
 
 from transformers import DynamicCache
@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from .config import InputError
 from .prompt import Prompt
 
-# %% ../nbs/10_cache.ipynb #ae03057e
+# %% ../nbs/10_cache.ipynb #ee4258cb
 @dataclass
 class Context:
     "What a strategy may look at when the cache is full."
@@ -28,7 +28,7 @@ class Continuation:
     prompt: Prompt | None         # to be fed before the next frame; None where the old one is still in the cache
     told: list[int] | None        # the state that this prompt tells [S]
 
-# %% ../nbs/10_cache.ipynb #c4d403d0
+# %% ../nbs/10_cache.ipynb #597db432
 class BaseContextStrategy:
     "Decides when the context is full, and what becomes of it."
     name = 'base'
@@ -45,27 +45,33 @@ def register(cls):
     STRATEGIES[cls.name] = cls
     return cls
 
-# %% ../nbs/10_cache.ipynb #7b695282
+# %% ../nbs/10_cache.ipynb #35d8230f
 @register
 class NoStrategy(BaseContextStrategy):
     "Keeps everything; stops with a clear error at the limit."
     name = 'none'
     def handle_overflow(self, context):
         held = context.cache.get_seq_length()
-        raise InputError(f'the context is full: {held} tokens + {self.reserved_seq_len} reserved reach max_seq_len={self.max_seq_len}. '
-                         'Choose another context_strategy, or raise context_strategy.max_seq_len')
+        raise InputError(f'the context is full: {held} tokens + {self.reserved_seq_len} reserved reach max_seq_len={self.max_seq_len}; '
+                         'choose another context_strategy')
 
-# %% ../nbs/10_cache.ipynb #ad948f69
+# %% ../nbs/10_cache.ipynb #3dfe843d
 @register
 class DropAll(BaseContextStrategy):
     "Keeps the system prompt of the beginning, and nothing else: the baseline that forgets."
     name = 'drop_all'
     def handle_overflow(self, context): return Continuation(DynamicCache(), context.first_prompt, context.first_state)
 
-# %% ../nbs/10_cache.ipynb #678a1ebd
-def make_strategy(cfg) -> BaseContextStrategy:
-    "The strategy of the configuration group `context_strategy`."
+# %% ../nbs/10_cache.ipynb #41c094b6
+def make_strategy(
+    cfg,                        # mapping: `name`, and the options of that strategy; max_seq_len None is the limit
+    limit: int = 8192,          # tokens that the model can read (`max_position_embeddings`)
+) -> BaseContextStrategy:
+    "The strategy of the configuration group `context_strategy`; raises `InputError`."
     options = dict(cfg)
     name = options.pop('name')
     if name not in STRATEGIES: raise InputError(f"context_strategy.name={name}: choose one of {', '.join(STRATEGIES)}")
+    if options.get('max_seq_len') is None: options['max_seq_len'] = limit
+    asked = options['max_seq_len']
+    if asked > limit: raise InputError(f'context_strategy.max_seq_len={asked}: this model reads at most {limit}')
     return STRATEGIES[name](**options)

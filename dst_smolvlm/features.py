@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features_fingerprint', 'encode_video', 'save_features', 'load_features']
 
-# %% ../nbs/07_features.ipynb #a35e0bc1
+# %% ../nbs/07_features.ipynb #ebbc0e45
 import hashlib, json, os
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .config import InputError
 from .video import frames_to_pixels
 
-# %% ../nbs/07_features.ipynb #828d7171
+# %% ../nbs/07_features.ipynb #5335d0be
 def features_fingerprint(model, fps:float) -> str:
     "Hash of all that decides the features: weights of tower and connector, image size, pooling, frame rate."
     config = model.config
@@ -26,7 +26,7 @@ def features_fingerprint(model, fps:float) -> str:
         for name, p in part.state_dict().items(): digest.update(name.encode()); digest.update(p.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/07_features.ipynb #1b4f408e
+# %% ../nbs/07_features.ipynb #c2fdb176
 @torch.inference_mode()
 def encode_video(model, frames, batch:int=32, dtype=torch.bfloat16) -> torch.Tensor:
     "Frames uint8 [T, H, W, 3] → image tokens [T, N, D] on the CPU."
@@ -36,7 +36,7 @@ def encode_video(model, frames, batch:int=32, dtype=torch.bfloat16) -> torch.Ten
         tokens.append(model.encode_frames(pixels.to(model.device)).to('cpu', dtype))
     return torch.cat(tokens)
 
-# %% ../nbs/07_features.ipynb #2a6e3e6f
+# %% ../nbs/07_features.ipynb #c6090ec2
 def save_features(tokens:torch.Tensor, path, fingerprint:str, fps:float) -> Path:
     "Write features [T, N, D] with their fingerprint; atomic."
     path = Path(path)
@@ -46,7 +46,7 @@ def save_features(tokens:torch.Tensor, path, fingerprint:str, fps:float) -> Path
     os.replace(tmp, path)
     return path
 
-# %% ../nbs/07_features.ipynb #76bc7f2e
+# %% ../nbs/07_features.ipynb #4486e1ec
 def load_features(path, fingerprint:str, start:int=0, stop:int|None=None) -> torch.Tensor:
     "Frames `start` to `stop` of the features in `path`; raises `InputError` if they are missing, broken or stale."
     if not Path(path).is_file(): raise InputError(f'{path}: no features there')

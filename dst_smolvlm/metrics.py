@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'joint_goal_accuracy', 'slot_accuracy', 'named_steps', '
            'score_counts', 'score_traces', 'listed_order', 'rename_steps', 'baseline_trace', 'PRF', 'WINDOWS',
            'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #8d95bbbf
+# %% ../nbs/12_metrics.ipynb #bdf01782
 import re, zlib
 from collections import Counter
 from functools import lru_cache
@@ -17,13 +17,13 @@ import numpy as np
 from .config import InputError
 from .matching import PRF, WINDOWS, event_prf, match_events, match_predictions, ratio, speaking_metrics, word_similarity
 from .records import VideoRecord
-from .state import state_changes
+from .state import is_legal, state_changes
 from .trace import Trace, oracle_trace, reference_speech, trace_from_states
 
-# %% ../nbs/12_metrics.ipynb #719d7dfb
+# %% ../nbs/12_metrics.ipynb #b8f01312
 _all_ = ['PRF', 'WINDOWS', 'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #c6d77f1f
+# %% ../nbs/12_metrics.ipynb #34af8640
 def joint_goal_accuracy(
     pred: np.ndarray,   # [T, S]
     true: np.ndarray    # [T, S]
@@ -31,12 +31,12 @@ def joint_goal_accuracy(
     "The share of frames with every step right; None without frames."
     return ratio(int((np.asarray(pred) == true).all(axis=1).sum()), len(true))
 
-# %% ../nbs/12_metrics.ipynb #e50cc617
+# %% ../nbs/12_metrics.ipynb #7a48ba4c
 def slot_accuracy(pred: np.ndarray, true: np.ndarray) -> float|None:
     "The share of (frame, step) cells that are right; None without cells."
     return ratio(int((np.asarray(pred) == true).sum()), np.size(true))
 
-# %% ../nbs/12_metrics.ipynb #d6e6aeae
+# %% ../nbs/12_metrics.ipynb #07e95735
 _key = lambda name: ' '.join(name.lower().split()).strip(' .')
 
 @lru_cache(256)
@@ -46,13 +46,13 @@ def _names_pattern(step_names: tuple[str, ...]) -> re.Pattern:
     words = '|'.join(r'\s+'.join(map(re.escape, n.split())) for n in longest_first)
     return re.compile(rf'(?<!\w)(?:{words or "(?!)"})(?!\w)', re.IGNORECASE)
 
-# %% ../nbs/12_metrics.ipynb #5ad7e50f
+# %% ../nbs/12_metrics.ipynb #d6294a01
 def named_steps(text: str, step_names: list[str]) -> set[int]:
     "The steps whose name stands in `text`."
     found = {_key(m) for m in _names_pattern(tuple(step_names)).findall(text)}
     return {k for k, name in enumerate(step_names) if _key(name) in found}
 
-# %% ../nbs/12_metrics.ipynb #e2db94ed
+# %% ../nbs/12_metrics.ipynb #9b94310e
 def response_names_step(
     spoken: list[tuple[int, str]],            # (frame, text) of the replies
     reference_turns: list[tuple[int, str]],   # (frame, text) of what should have been said
@@ -65,7 +65,7 @@ def response_names_step(
     asked = {j: named for j, (_, text) in enumerate(reference_turns) if (named := named_steps(text, step_names))}
     return sum(reply.get(j) == named for j, named in asked.items()), len(asked)
 
-# %% ../nbs/12_metrics.ipynb #ae0cb21b
+# %% ../nbs/12_metrics.ipynb #250c2f16
 def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Counter:
     "Everything that `score_counts` needs to know about one video."
     fps, true, ref = trace.fps, record.states(trace.fps), reference_speech(record, trace.fps)     # true: [T, S]
@@ -76,13 +76,15 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Cou
     pred[:len(trace.frames)] = trace.states[:T]
     spoken = [(i, text) for i, text in trace.spoken if i < T]
     prf = {'speaking': event_prf([i for i, _ in spoken], list(ref), tol),
-           'update': event_prf([i for i in trace.update_frames() if i < T], list(state_changes(true)), tol)}
+           'update': event_prf([i for i in trace.update_frames() if i < T], list(state_changes(true)), tol),
+           'state_change': event_prf(list(state_changes(trace.states[:T])), list(state_changes(true)), tol)}
+    moves = [is_legal(t) for change in state_changes(trace.states[:T]).values() for t in change]
     right, named = response_names_step(spoken, list(ref.items()), trace.step_names, tol)
     return Counter({f'{head}_{k}': getattr(p, k) for head, p in prf.items() for k in ('tp', 'fp', 'fn')},
                    frames=T, frames_right=int((pred == true).all(1).sum()), slots=true.size, slots_right=int((pred == true).sum()),
-                   named=named, named_right=right, frames_lacking=max(0, T - len(trace.frames)))
+                   named=named, named_right=right, frames_lacking=max(0, T - len(trace.frames)), moves=len(moves), moves_legal=sum(moves))
 
-# %% ../nbs/12_metrics.ipynb #a8199ee6
+# %% ../nbs/12_metrics.ipynb #ea774331
 _WHY_UNDEFINED = {
     'speaking_precision': 'nothing was said',
     'speaking_recall': 'nothing was to be said',
@@ -90,6 +92,10 @@ _WHY_UNDEFINED = {
     'update_precision': 'no update was decided',
     'update_recall': 'no state changes',
     'update_f1': 'no update was decided and no state changes',
+    'state_change_precision': 'the believed state never changes',
+    'state_change_recall': 'no state changes',
+    'state_change_f1': 'no state changes, believed or true',
+    'legal_ratio': 'the believed state never changes',
     'joint_goal_accuracy': 'no frames',
     'slot_accuracy': 'no steps',
     'response_names_step': 'no reference turn names a step'}
@@ -97,15 +103,16 @@ _WHY_UNDEFINED = {
 def score_counts(counts: Counter) -> dict:
     "The scores that follow from (added) counts; `undefined` gives the reason for every None."
     scores = {}
-    for head in ('speaking', 'update'):
+    for head in ('speaking', 'update', 'state_change'):
         prf = PRF.from_counts(*(counts[f'{head}_{k}'] for k in ('tp', 'fp', 'fn')))
         scores |= {f'{head}_f1': prf.f1, f'{head}_precision': prf.precision, f'{head}_recall': prf.recall}
     scores |= dict(joint_goal_accuracy=ratio(counts['frames_right'], counts['frames']),
                    slot_accuracy=ratio(counts['slots_right'], counts['slots']),
-                   response_names_step=ratio(counts['named_right'], counts['named']))
+                   response_names_step=ratio(counts['named_right'], counts['named']),
+                   legal_ratio=ratio(counts['moves_legal'], counts['moves']))
     return scores | dict(undefined={k: _WHY_UNDEFINED[k] for k, v in scores.items() if v is None}, counts=dict(counts))
 
-# %% ../nbs/12_metrics.ipynb #4d379c92
+# %% ../nbs/12_metrics.ipynb #99a61cbb
 def score_traces(
     traces: list[Trace], records: list[VideoRecord],   # one of each per video, in any order
     tolerance_s: float=1.                              # ± seconds for replies and updates
@@ -123,12 +130,12 @@ def score_traces(
     return score_counts(pooled) | dict(videos=len(records), tolerance_s=tolerance_s,
                                        per_video=[{'video_uid': uid} | score_counts(c) for uid, c in counts.items()])
 
-# %% ../nbs/12_metrics.ipynb #c780d2ea
+# %% ../nbs/12_metrics.ipynb #d86d9432
 def listed_order(states: np.ndarray) -> np.ndarray:
     "The same number of steps in each state at each frame, but in listed order."
     return -np.sort(-np.asarray(states), axis=1)   # [T, S]
 
-# %% ../nbs/12_metrics.ipynb #d9d7049b
+# %% ../nbs/12_metrics.ipynb #4c490e55
 def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: np.ndarray) -> str:
     "`text` with each named step replaced by the step that is believed to be in its true state ([S] each)."
     def other(match):
@@ -138,7 +145,7 @@ def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: n
         return match[0] if k == step else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
     return _names_pattern(tuple(step_names)).sub(other, text)
 
-# %% ../nbs/12_metrics.ipynb #3302f619
+# %% ../nbs/12_metrics.ipynb #d351d37a
 BASELINES = ('oracle', 'always_silent', 'prior_rate', 'clock', 'previous_state', 'event_order')
 
 def baseline_trace(

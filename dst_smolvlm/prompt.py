@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL_TOKENS', 'IMAGE_TOKEN', 'SYSTEM', 'tiny_tokenizer', 'toy_texts', 'Prompt', 'StreamLayout', 'StreamTokens',
            'layout_stream']
 
-# %% ../nbs/04_prompt.ipynb #6db78bb2
+# %% ../nbs/04_prompt.ipynb #5708d8e2
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,9 +14,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from .config import InputError
+from .records import VideoRecord
 from .state import STATE_NAMES, agenda, transitions
 
-# %% ../nbs/04_prompt.ipynb #20d9858c
+# %% ../nbs/04_prompt.ipynb #39b08b94
 SPECIAL_TOKENS = dict(bos_token='<|im_start|>', eos_token='<end_of_utterance>', pad_token='<|pad|>')
 IMAGE_TOKEN = '<image>'
 
@@ -32,7 +33,7 @@ def tiny_tokenizer(texts, vocab_size:int=768) -> PreTrainedTokenizerFast:
                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=[IMAGE_TOKEN], **SPECIAL_TOKENS)
 
-# %% ../nbs/04_prompt.ipynb #1f725401
+# %% ../nbs/04_prompt.ipynb #062c52bb
 def toy_texts() -> list[str]:
     "What there is to say in the toy world: the corpus of the tiny tokenizer."
     from dst_smolvlm.world import COLOURS, QUESTIONS, SHAPES
@@ -46,14 +47,14 @@ def toy_texts() -> list[str]:
 
 SYSTEM = 'You watch a person at work. Track the steps, and speak when it helps.'
 
-# %% ../nbs/04_prompt.ipynb #34f498b2
+# %% ../nbs/04_prompt.ipynb #25bef577
 @dataclass
 class Prompt:
     "The beginning of a context: its tokens, and where each step's line stands in it."
     ids: list[int]
     step_spans: list[tuple[int, int]]   # [S] (first token, one past the last) of every step's line; the last token is its marker
 
-# %% ../nbs/04_prompt.ipynb #8eb32da6
+# %% ../nbs/04_prompt.ipynb #1479f22d
 class StreamLayout:
     "Turns task, frames and words into token ids, the same for training and for streaming."
     def __init__(self, tokenizer, tokens_per_frame:int):
@@ -61,22 +62,23 @@ class StreamLayout:
         self.image_token_id, self.end_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id
         if self.image_token_id in (None, tokenizer.unk_token_id) or self.end_id is None:
             raise InputError(f'the tokenizer has no {IMAGE_TOKEN} or no end token: it is not one of SmolVLM')
+        self.never_said = [i for i in tokenizer.all_special_ids if i != self.end_id]      # a reply of words alone
         self.assistant_open = self.encode('Assistant:')
         self.turn_end = self.encode('\n')
         self.frame = [self.image_token_id]*tokens_per_frame
 
     def encode(self, text:str) -> list[int]:
-        "Token ids of a piece of text; remembered, because the same lines come again and again."
+        "Token ids of a piece of text, in which `<image>` and its like are mere letters; remembered, as the same lines come often."
         if text not in self._encoded:
             if len(self._encoded) >= 100_000: self._encoded.clear()
-            self._encoded[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+            self._encoded[text] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return list(self._encoded[text])
     def decode(self, ids) -> str: return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
     def _turn(self, text:str) -> list[int]: return self.encode(text) + [self.end_id] + self.turn_end
 
     def prompt(self, goal:str, knowledge:str, names:list[str], state) -> Prompt:
         "System turn, the step lines in the told `state` [S], and the agenda."
-        ids = self.encode(f"{self.tokenizer.bos_token}System: {SYSTEM} Goal: {goal}.{' ' + knowledge if knowledge else ''}\n")
+        ids = [self.tokenizer.bos_token_id] + self.encode(f"System: {SYSTEM} Goal: {goal}.{' ' + knowledge if knowledge else ''}\n")
         spans = []
         for k, name in enumerate(names):
             line = self.encode(f'{k+1}. {name} [{STATE_NAMES[state[k]]}]\n')
@@ -96,7 +98,7 @@ class StreamLayout:
         changed = '; '.join(f'{k+1} {STATE_NAMES[s]}' for k, s in sorted(last.items()))
         return self._turn(f'State: {changed}. {self.agenda(names, after)}')
 
-# %% ../nbs/04_prompt.ipynb #7f4e0151
+# %% ../nbs/04_prompt.ipynb #553839f3
 @dataclass
 class StreamTokens:
     ids: list[int]                                          # [L]
@@ -108,12 +110,19 @@ class StreamTokens:
         self.ids += ids
         self.labels += ids if learn else [-100]*len(ids)
 
-# %% ../nbs/04_prompt.ipynb #4cd0c479
-def layout_stream(layout:StreamLayout, record, told, start:int=0, stop:int|None=None, replies:bool=True, frames:bool=True,
-                  max_tokens:int|None=None) -> StreamTokens:
-    """The tokens of frames `start` to `stop` of `record`. `told` [T+1, S]: row i is the state that the model is told before frame
-    `start + i`, so row i+1 differs from row i where a state turn stands after that frame. Without `replies` nobody answers, without
-    `frames` only the dialogue is left. Stops before `max_tokens` is exceeded."""
+# %% ../nbs/04_prompt.ipynb #cd42df95
+def layout_stream(
+    layout: StreamLayout,
+    record: VideoRecord,
+    told: np.ndarray,               # [T+1, S]: row i is what the model is told before frame `start + i`, so a state turn stands after
+                                    # that frame where row i+1 differs
+    start: int = 0,
+    stop: int|None = None,          # frames `start` to `stop` of the video; all by default
+    replies: bool = True,           # False: nobody answers
+    frames: bool = True,            # False: only the dialogue is left
+    max_tokens: int|None = None,    # cut at the last frame that fits
+) -> StreamTokens:
+    "The tokens of a video, and which of them are to be learned."
     names, turns = [s.name for s in record.steps], record.turns_at()
     stop = record.num_frames() if stop is None else stop
     prompt = layout.prompt(record.goal, record.knowledge, names, told[0])

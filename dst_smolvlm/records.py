@@ -6,7 +6,7 @@
 __all__ = ['RecordError', 'Step', 'Turn', 'VideoRecord', 'read_native', 'write_records', 'TimestampToStateConverter',
            'read_dst_json', 'read_holoassist', 'read_records']
 
-# %% ../nbs/01_records.ipynb #5dd4c437
+# %% ../nbs/01_records.ipynb #e74d3a2d
 import json, math, os
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import AfterValidator, AliasPath, BaseModel, ConfigDict, Field, St
 from .config import InputError, atomic_write
 from .state import frame_of, frame_times, states_at, states_from_spans
 
-# %% ../nbs/01_records.ipynb #491d55be
+# %% ../nbs/01_records.ipynb #16945db5
 class RecordError(InputError):
     "An annotation is wrong; the message is one line with all that is known of the place."
     def __init__(self, file, why: str, record: str = '', field: str = '', value: Any = None):
@@ -26,7 +26,7 @@ class RecordError(InputError):
         place = field if value is None else f'{field} = {repr(value)[:60]}'
         super().__init__(': '.join(part for part in (self.file, record, place, why) if part))
 
-# %% ../nbs/01_records.ipynb #81b70e33
+# %% ../nbs/01_records.ipynb #29c72ccd
 def _validate(model, data, file, record: str = '', at: str = ''):
     "`data`, which stands at `at` in the record, as a `model`; a `RecordError` names the first thing wrong with it."
     try: return model.model_validate(data)
@@ -36,7 +36,7 @@ def _validate(model, data, file, record: str = '', at: str = ''):
         why = {'missing': 'missing', 'extra_forbidden': 'unknown field'}.get(error['type'], error['msg'].removeprefix('Value error, '))
         raise RecordError(file, why, record, field, None if error['type'] == 'missing' else error['input']) from None
 
-# %% ../nbs/01_records.ipynb #547d2544
+# %% ../nbs/01_records.ipynb #61d3a899
 def _read_text(path) -> str:
     try: return Path(path).read_text(encoding='utf-8')
     except FileNotFoundError: raise RecordError(path, 'no such file') from None
@@ -46,7 +46,7 @@ def _parse_json(text: str, file, record: str = ''):
     try: return json.loads(text)
     except (ValueError, RecursionError) as e: raise RecordError(file, f'not JSON ({e})', record) from None
 
-# %% ../nbs/01_records.ipynb #6db274d5
+# %% ../nbs/01_records.ipynb #ae314d87
 class _Model(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
@@ -68,7 +68,7 @@ class Turn(_Model):
     time: float                         # seconds on the video's clock
     content: str = Field(min_length=1)
 
-# %% ../nbs/01_records.ipynb #767185c9
+# %% ../nbs/01_records.ipynb #259708d1
 class VideoRecord(_Model):
     "One annotated video; all times are seconds on its own clock."
     video_uid: str = Field(min_length=1)
@@ -103,7 +103,9 @@ class VideoRecord(_Model):
 
     def num_frames(self, fps: float = None) -> int:
         "How many frames the video has: those at 0, 1/fps, … up to its duration."
-        return math.floor((fps or self.fps)*self.duration) + 1
+        fps = fps or self.fps
+        last = frame_of(self.duration, fps)
+        return last + 1 if last/fps <= self.duration else last
 
     def states(self, fps: float = None, num_frames: int = None, repeats: str = 'merge') -> np.ndarray:  # int8 [T, S]
         "The true state of every step at every frame."
@@ -117,7 +119,7 @@ class VideoRecord(_Model):
             if turn.role != 'system': turns[frame_of(turn.time, fps)].append(turn)
         return {frame: said for frame, said in turns.items() if frame < self.num_frames(fps)}
 
-# %% ../nbs/01_records.ipynb #4214c5b3
+# %% ../nbs/01_records.ipynb #b83fa412
 def read_native(
     path,  # .jsonl, one record a line
 ) -> list[VideoRecord]:
@@ -126,13 +128,13 @@ def read_native(
     if not records: raise RecordError(path, 'holds no record')
     return records
 
-# %% ../nbs/01_records.ipynb #309512a5
+# %% ../nbs/01_records.ipynb #7f3200d9
 def write_records(records: list[VideoRecord], path):
     "Write records as JSONL, whole or not at all."
     with atomic_write(path) as f:
         for r in records: f.write(r.to_json() + '\n')
 
-# %% ../nbs/01_records.ipynb #8062f7f8
+# %% ../nbs/01_records.ipynb #5508ff5f
 class TimestampToStateConverter:
     "States from `{name: {'timestamps': [first, …, last]}}`, or from a list of `Step`."
     def __init__(self, steps: dict | list[Step], repeats: str = 'merge'):
@@ -150,7 +152,7 @@ class TimestampToStateConverter:
         "The state of every step at every frame."
         return self.convert(frame_times(num_frames, fps))
 
-# %% ../nbs/01_records.ipynb #2a54a73d
+# %% ../nbs/01_records.ipynb #72d175c8
 class _Source(_Model):
     model_config = ConfigDict(extra='ignore')
 
@@ -164,7 +166,7 @@ class _Span(_Source):
         _ordered((info.data.get('start', end), end))
         return end
 
-# %% ../nbs/01_records.ipynb #5f9a01f6
+# %% ../nbs/01_records.ipynb #d0438bd9
 class _DSTStep(_Span):
     id: str
     name: str
@@ -181,7 +183,7 @@ class _DSTSample(_Source):
     conversation: list[dict]
     dst: list[_DSTStep] = Field(min_length=1)
 
-# %% ../nbs/01_records.ipynb #1993a312
+# %% ../nbs/01_records.ipynb #9a6f5222
 def _name(data, key) -> str:
     "What the record calls itself, as far as one can tell before it has been checked."
     return str(data.get(key, '')) if isinstance(data, dict) else ''
@@ -199,7 +201,7 @@ def read_dst_json(path) -> list[VideoRecord]:
     "Read a sample of ProAssist's DST format; raises `RecordError`."
     return [_dst_record(_parse_json(_read_text(path), path), path)]
 
-# %% ../nbs/01_records.ipynb #be8dbdc0
+# %% ../nbs/01_records.ipynb #4b3f0680
 class _HoloAssist(_Source):
     video_name: str
     taskType: str
@@ -214,7 +216,7 @@ class _Conversation(_Source):
     purpose: str = Field(validation_alias=AliasPath('attributes', 'Conversation Purpose'), pattern='^(instructor|student)')
     words: str = Field(validation_alias=AliasPath('attributes', 'Transcription'), min_length=1)
 
-# %% ../nbs/01_records.ipynb #41e7cf2a
+# %% ../nbs/01_records.ipynb #d3baa395
 def _holoassist_record(data, file) -> VideoRecord:
     source = _validate(_HoloAssist, data, file, name := _name(data, 'video_name'))
     spans, turns = defaultdict(list), []
@@ -240,7 +242,7 @@ def read_holoassist(path) -> list[VideoRecord]:
     "Read the labels of one HoloAssist recording; raises `RecordError`."
     return [_holoassist_record(_parse_json(_read_text(path), path), path)]
 
-# %% ../nbs/01_records.ipynb #fb1cd7e2
+# %% ../nbs/01_records.ipynb #1a672a6a
 def read_records(
     paths,  # a .jsonl of ours, a .json (DST sample or HoloAssist), a folder of such files, or a list of these
 ) -> list[VideoRecord]:

@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'TellEpoch', 'DSTTrainer', 'check_ranks', 'same_run',
            'last_whole_checkpoint', 'move_aside', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #ebc3db2d
+# %% ../nbs/09_train.ipynb #224392f4
 import itertools, json, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load
 from .loss import PARTS, LossConfig, loss_counts, multitask_loss
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #cb549df2
+# %% ../nbs/09_train.ipynb #0f87c6cd
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -35,12 +35,13 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     dialogues: int = 0             # rows of dialogue without frames beside every stream: a tiny model learns to copy words from them
     glimpses: int = 0              # other scenes beside every stream, four frames of each, that train the pointer
     frame_grad: float = 1.         # share of a stream's frames from which the vision tower learns
+    freeze_vision: bool = False    # the vision tower learns nothing at all
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False    # every batch uses every parameter
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #c470fec5
+# %% ../nbs/09_train.ipynb #b1ea7b96
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
@@ -51,13 +52,13 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     try: return DSTTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as e: raise InputError(f'train: {e}') from None
 
-# %% ../nbs/09_train.ipynb #58ec324b
+# %% ../nbs/09_train.ipynb #17265344
 class TellEpoch(TrainerCallback):
     "Tells the dataset its epoch."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, 'set_epoch'): train_dataloader.dataset.set_epoch(int(state.epoch))
 
-# %% ../nbs/09_train.ipynb #f6e8b1c1
+# %% ../nbs/09_train.ipynb #8aad5093
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -69,7 +70,7 @@ class DSTTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one step, and the labelled items of each loss over all of them and all ranks."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = sum((loss_counts(b) for b in batches), torch.zeros(len(PARTS))).to(device)
+        counts = torch.stack([loss_counts(b, self.args.glimpse_weight) for b in batches]).sum(0).to(device)
         return batches, self.accelerator.reduce(counts, 'sum')
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -91,7 +92,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #44e36623
+# %% ../nbs/09_train.ipynb #50e55b7e
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -104,13 +105,13 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #89e4bf2d
+# %% ../nbs/09_train.ipynb #fb160cb8
 def same_run(cfg, out:Path) -> bool:
     "Is what lies in `out` of the same configuration?"
     path = out/'config.yaml'
     return path.is_file() and OmegaConf.to_container(OmegaConf.load(path)) == OmegaConf.to_container(cfg)
 
-# %% ../nbs/09_train.ipynb #97e8602b
+# %% ../nbs/09_train.ipynb #88b78903
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -119,7 +120,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_train.ipynb #21d6227f
+# %% ../nbs/09_train.ipynb #250f65b7
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -128,7 +129,7 @@ def move_aside(out:Path):
     os.replace(out/'checkpoint', kept)
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/09_train.ipynb #96b320a2
+# %% ../nbs/09_train.ipynb #31e13f6f
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -139,6 +140,7 @@ def train(cfg) -> DSTTrainer | None:
         return None
     transformers.set_seed(args.seed)
     model, layout = load_model(cfg.model, seed=args.seed)
+    model.model.vision_model.requires_grad_(not args.freeze_vision)
     scenes = load_scenes(cfg.data, 'train')
     if not len(scenes): raise InputError(f'data={cfg.data.name}: there is no training video')
     data = DSTStreamDataset(scenes, layout, model.config.vision_config.image_size, args.max_seq_len,
@@ -162,7 +164,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #0a20aa4e
+# %% ../nbs/09_train.ipynb #330e2055
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -174,5 +176,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #a9dac375
+# %% ../nbs/09_train.ipynb #31506fb4
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_video', 'Frame', 'iter_frames', 'read_frames', 'frames_to_pixels']
 
-# %% ../nbs/02_video.ipynb #414fec47
+# %% ../nbs/02_video.ipynb #b1ef9c24
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import SmolVLMImageProcessorPil
 
 from .config import InputError, atomic_write
 
-# %% ../nbs/02_video.ipynb #804a8a49
+# %% ../nbs/02_video.ipynb #99c11e66
 def write_video(
     path,
     frames: np.ndarray,  # uint8 [T, H, W, 3], H and W even
@@ -31,7 +31,7 @@ def write_video(
         for image in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
         container.mux(stream.encode(None))
 
-# %% ../nbs/02_video.ipynb #aafcaa94
+# %% ../nbs/02_video.ipynb #127643f2
 def _pictures(path) -> Iterator[tuple[float, av.VideoFrame]]:
     "Every picture of the file with its time in seconds, the first at 0; raises `InputError` where the file is damaged."
     if not Path(path).is_file(): raise InputError(f'{path}: no such video file')
@@ -49,8 +49,8 @@ def _pictures(path) -> Iterator[tuple[float, av.VideoFrame]]:
                     if first is None: first = picture.pts
                     time = float((picture.pts - first)*picture.time_base)
                     yield time, picture
-            lengths = [stream.duration and stream.duration*stream.time_base,
-                       container.duration and Fraction(container.duration, av.time_base)]
+            lengths = [stream.duration and stream.duration*stream.time_base]
+            if len(container.streams) == 1: lengths.append(container.duration and Fraction(container.duration, av.time_base))
     except av.FFmpegError as e:
         after = '' if first is None else f' after {time:.1f} s'
         raise InputError(f'{path}: not a readable video, or cut off{after} ({e.strerror})') from None
@@ -58,14 +58,19 @@ def _pictures(path) -> Iterator[tuple[float, av.VideoFrame]]:
     promised = float(min(filter(None, lengths), default=0))
     if end < promised - .5: raise InputError(f'{path}: cut off after {end:.1f} s of {promised:.1f} s')
 
-# %% ../nbs/02_video.ipynb #924f1f19
+# %% ../nbs/02_video.ipynb #4ed9f83d
+def _upright(picture: av.VideoFrame) -> np.ndarray:  # uint8 [H, W, 3]
+    "The picture in RGB as a player shows it, turned by what the file says."
+    return np.ascontiguousarray(np.rot90(picture.to_ndarray(format='rgb24'), round(picture.rotation/90)))
+
+# %% ../nbs/02_video.ipynb #8f3bdfa6
 class Frame(NamedTuple):
     "What a model sees at `time = index / fps`."
     index: int
     time: float        # seconds
     image: np.ndarray  # uint8 [H, W, 3]
 
-# %% ../nbs/02_video.ipynb #483f0755
+# %% ../nbs/02_video.ipynb #531507fb
 def iter_frames(
     path,
     fps: float = 2.0,  # frames per second of the result, whatever the file's own rate
@@ -75,17 +80,17 @@ def iter_frames(
     index, shown = 0, None
     for time, picture in _pictures(path):
         while index/fps < time:
-            yield Frame(index, index/fps, shown.to_ndarray(format='rgb24'))
+            yield Frame(index, index/fps, _upright(shown))
             index += 1
         shown = picture
-    if index/fps == time: yield Frame(index, time, shown.to_ndarray(format='rgb24'))
+    if index/fps == time: yield Frame(index, time, _upright(shown))
 
-# %% ../nbs/02_video.ipynb #3bff4918
+# %% ../nbs/02_video.ipynb #e1aa4ce8
 def read_frames(path, fps: float = 2.0) -> np.ndarray:  # uint8 [T, H, W, 3]
     "All frames of a video at once."
     return np.stack([frame.image for frame in iter_frames(path, fps)])
 
-# %% ../nbs/02_video.ipynb #ade1a846
+# %% ../nbs/02_video.ipynb #6ce82543
 def frames_to_pixels(
     frames,           # uint8 [T, H, W, 3], or a list of [H, W, 3]
     image_size: int,  # S, the vision tower's input
