@@ -6,7 +6,7 @@
 __all__ = ['VideoScene', 'ToyScenes', 'split_records', 'make_world', 'load_scenes', 'load_glimpse_scenes', 'corrupt_told',
            'DSTStreamDataset', 'pad_stack', 'StreamCollator']
 
-# %% ../nbs/08_dataset.ipynb #41796687
+# %% ../nbs/08_dataset.ipynb #3ca32e62
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .state import frame_of
 from .video import frames_to_pixels, iter_frames
 from .world import SPLITS, WorldConfig, make_scene, replay
 
-# %% ../nbs/08_dataset.ipynb #d1866ed5
+# %% ../nbs/08_dataset.ipynb #73081e69
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -48,7 +48,7 @@ class VideoScene:
         return f'{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #50b9d9d5
+# %% ../nbs/08_dataset.ipynb #0a42a051
 @dataclass
 class ToyScenes:
     "Scenes of the toy world by index, without end."
@@ -59,7 +59,7 @@ class ToyScenes:
     def __len__(self): return self.length
     def __getitem__(self, i): return make_scene(i, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #bcb945cb
+# %% ../nbs/08_dataset.ipynb #2e5391d4
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal records to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     ranked = sorted(records, key=lambda r: hashlib.sha256(r.video_uid.encode()).hexdigest())
@@ -67,14 +67,14 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     n_val, n_test = (max(1, round(shares[1]*n)), max(1, round(shares[2]*n))) if n >= 3 else (0, 0)
     return dict(validation=ranked[:n_val], test=ranked[n_val:n_val+n_test], train=ranked[n_val+n_test:])
 
-# %% ../nbs/08_dataset.ipynb #3b3d074a
+# %% ../nbs/08_dataset.ipynb #2fab2d03
 def make_world(cfg, *changes:str) -> WorldConfig:
     "The world of the configuration group `data`, with what the entries `changes` (such as `train_world`) say instead, one after the other."
     fields = {k: v for part in ('world', *changes) for k, v in (cfg.get(part) or {}).items()}
     try: return WorldConfig(**fields)
     except TypeError as e: raise InputError(f"data.world: {str(e).removeprefix('WorldConfig.__init__() ')}") from None
 
-# %% ../nbs/08_dataset.ipynb #ac349f9d
+# %% ../nbs/08_dataset.ipynb #284736a0
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -90,13 +90,13 @@ def load_scenes(cfg, split:str) -> Sequence:
     folder = Path(cfg.path) if Path(cfg.path).is_dir() else Path(cfg.path).parent
     return [VideoScene(r, folder/r.video) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #7f202bee
+# %% ../nbs/08_dataset.ipynb #1bdf4701
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from, if in the toy world `cfg.glimpse_world` makes them differ; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'glimpse_world'))
 
-# %% ../nbs/08_dataset.ipynb #e49833fe
+# %% ../nbs/08_dataset.ipynb #4c57495c
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -118,7 +118,7 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #4308d98d
+# %% ../nbs/08_dataset.ipynb #2378c8dd
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(
@@ -169,6 +169,7 @@ class DSTStreamDataset(Dataset):
         states = record.states()                                                            # [T, S]
         before = np.concatenate([np.zeros_like(states[:1]), states])                        # row i: before frame i
         start = int(rng.integers(1, max(2, 2*len(states)//3))) if rng.random() < self.from_middle else 0
+        if not before[start].any(): start = 0               # nothing would tell it from the beginning, at which one is greeted
         told = corrupt_told(before[start:], rng, self.corrupt_told)
         replies = not frames or rng.random() >= self.drop_replies
         stream = layout_stream(self.layout, record, told, start, replies=replies, frames=frames, max_tokens=self.max_seq_len)
@@ -190,14 +191,14 @@ class DSTStreamDataset(Dataset):
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #a271fca8
+# %% ../nbs/08_dataset.ipynb #3a2582d1
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #0209eaf6
+# %% ../nbs/08_dataset.ipynb #691c40fc
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels of all frames are put one after another, in reading order."

@@ -7,7 +7,7 @@ __all__ = ['FRAMES_AT_ONCE', 'DSTSmolVLMConfig', 'tiny_config', 'image_seq_len',
            'in_float32', 'DSTHeads', 'DSTSmolVLM', 'build_tiny', 'save_model', 'checkpoint_hash', 'quiet',
            'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #b420eed6
+# %% ../nbs/05_model.ipynb #c894cc94
 import hashlib, math, os, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ from transformers.utils import ModelOutput, logging
 
 from .config import InputError
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
+from .state import IN_PROGRESS
 
-# %% ../nbs/05_model.ipynb #81fb8716
+# %% ../nbs/05_model.ipynb #1ac29358
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
@@ -32,7 +33,7 @@ class DSTSmolVLMConfig(SmolVLMConfig):
     head_size: int = 0                 # width of the pointer and of the state head; 0 is the text model's hidden size
     unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch
 
-# %% ../nbs/05_model.ipynb #553d554f
+# %% ../nbs/05_model.ipynb #aaa257f1
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
                 image_size:int=64, scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
@@ -44,12 +45,12 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
     return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1,
                             image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True)
 
-# %% ../nbs/05_model.ipynb #6fd0b8ac
+# %% ../nbs/05_model.ipynb #6d234ce2
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_model.ipynb #c2a54298
+# %% ../nbs/05_model.ipynb #c7c054fb
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -59,7 +60,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_model.ipynb #2348b0d4
+# %% ../nbs/05_model.ipynb #6ac47acf
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -77,7 +78,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_model.ipynb #e6da0cae
+# %% ../nbs/05_model.ipynb #cc19e2cb
 def in_float32(method):
     "A method whose first argument is a tensor, outside of automatic mixed precision."
     @wraps(method)
@@ -85,7 +86,7 @@ def in_float32(method):
         with torch.autocast(x.device.type, enabled=False): return method(self, x, *args, **kwargs)
     return call
 
-# %% ../nbs/05_model.ipynb #3a605179
+# %% ../nbs/05_model.ipynb #6d448932
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -94,7 +95,7 @@ class DSTHeads(nn.Module):
         H = config.head_size or D
         self.speaking_head = nn.Linear(D, 2)
         self.dst_update_head = nn.Linear(D, 2)
-        self.evidence = nn.Linear(3, 4, bias=False)
+        self.evidence = nn.Sequential(nn.Linear(H + 6, H//2), nn.GELU(), nn.Linear(H//2, 4))
         self.pointer_tokens = min(4, config.tokens_per_frame or image_seq_len(config))
         self.query = nn.Sequential(nn.Linear(self.pointer_tokens*D, H), nn.LayerNorm(H))
         self.key = nn.Sequential(nn.Linear(D, 2*H), nn.GELU(), nn.Linear(2*H, H), nn.LayerNorm(H))
@@ -105,11 +106,14 @@ class DSTHeads(nn.Module):
         self.dst_state_head = nn.Linear(H, 3)
 
     @in_float32
-    def point(self, frame_tokens, steps:StepMemory) -> torch.Tensor:
-        "Pointer logits [B, T, S+1] from the frames' image tokens [B, T, N, D] before the language model."
+    def look(self, frame_tokens) -> torch.Tensor:
+        "What is in the hand, as a query [B, T, H], from the frames' image tokens [B, T, N, D] before the language model."
         B, T, N, D = frame_tokens.shape
-        pooled = pool_tokens(frame_tokens.flatten(0, 1), self.pointer_tokens).reshape(B, T, -1)
-        query = self.query(pooled.float())                                                 # [B, T, H]
+        return self.query(pool_tokens(frame_tokens.flatten(0, 1), self.pointer_tokens).reshape(B, T, -1).float())
+
+    @in_float32
+    def point(self, query, steps:StepMemory) -> torch.Tensor:
+        "Pointer logits [B, T, S+1]: which step's words answer the query [B, T, H], or none's."
         key = self.key(steps.words.float())                                                # [B, S, H]
         scale = query.shape[-1]**-.5
         to_steps = (query @ key.transpose(1, 2)*scale).masked_fill(~steps.valid[:, None], -1e4)   # [B, T, S]
@@ -120,17 +124,26 @@ class DSTHeads(nn.Module):
     def forward(self, frame_hidden, frame_tokens, steps:StepMemory, told) -> HeadsOutput:
         "From frame vectors [B, T, D], image tokens [B, T, N, D], the steps' vectors and the told states [B, T, S]."
         h = frame_hidden.float()
-        pointer = self.point(frame_tokens, steps)
+        query = self.look(frame_tokens)                                                     # [B, T, H]
+        pointer = self.point(query, steps)
         p = pointer.softmax(-1)
         p_step, p_none = p[..., :-1], p[..., -1:].expand_as(p[..., :-1])                    # [B, T, S]
         p_other = (1 - p_step - p_none).clamp_min(0)
         x = self.frame_proj(h)[:, :, None]*self.step_proj(steps.hidden.float())[:, None]   # [B, T, S, H]
         x = x + self.pointer_proj(torch.stack([p_step, p_none, p_other], -1)) + self.told_embedding(told)
         state = self.dst_state_head(self.fuse(x))                                           # [B, T, S, 3]
-        seen = torch.stack([p[..., :-1].amax(-1), p[..., -1], self.outdated(state, told, steps.valid)], -1).detach()
-        for_speak, for_update = self.evidence(seen).chunk(2, -1)                            # [B, T, 2] each
+        outdated = self.outdated(state, told, steps.valid)[..., None]
+        known = torch.cat([query, self.compare(p, told, steps.valid), outdated], -1).detach()         # [B, T, H+6]
+        for_speak, for_update = self.evidence(known).chunk(2, -1)                           # [B, T, 2] each
         return HeadsOutput(speak_logits=self.speaking_head(h) + for_speak, update_logits=self.dst_update_head(h) + for_update,
                            pointer_logits=pointer, state_logits=state)
+
+    @staticmethod
+    def compare(p, told, valid) -> torch.Tensor:
+        "[B, T, 5]: how much the pointer is on the steps told to be in each state, and on none; and whether any was told to be in progress."
+        told = F.one_hot(told, 3)*valid[:, None, :, None]                                   # [B, T, S, 3]
+        on_state = (p[..., :-1, None]*told).sum(-2)                                         # [B, T, 3]
+        return torch.cat([on_state, p[..., -1:], told[..., IN_PROGRESS].amax(-1, keepdim=True).to(p.dtype)], -1)
 
     @staticmethod
     def outdated(state_logits, told, valid) -> torch.Tensor:
@@ -139,7 +152,7 @@ class DSTHeads(nn.Module):
         same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
         return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
 
-# %% ../nbs/05_model.ipynb #37d81877
+# %% ../nbs/05_model.ipynb #17745ac8
 FRAMES_AT_ONCE = 128
 
 class DSTSmolVLM(SmolVLMForConditionalGeneration):
@@ -162,7 +175,7 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
                 nn.init.normal_(module.weight, std=.5 if in_vision else 1.)
         if isinstance(module, DSTHeads):
             nn.init.normal_(module.none_key)
-            nn.init.zeros_(module.evidence.weight)      # until the evidence means something
+            nn.init.zeros_(module.evidence[-1].weight)  # until the evidence means something
 
     @property
     def tokens_per_frame(self) -> int: return self.config.tokens_per_frame or self.model.image_seq_len
@@ -237,10 +250,10 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
             words = self.get_input_embeddings()(glimpse_ids)
             steps = self.step_memory(words, words, glimpse_spans)
             seen = self.encode_frames(glimpse_pixels)                                       # [G*F, N, D]
-            out.glimpse_logits = self.heads.point(seen.unflatten(0, (len(words), -1)), steps)
+            out.glimpse_logits = self.heads.point(self.heads.look(seen.unflatten(0, (len(words), -1))), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #eace7846
+# %% ../nbs/05_model.ipynb #e2c80daa
 def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The tiny model with random weights, and its layout."
     cfg = dict(cfg or {})
@@ -251,7 +264,7 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     model.set_attn_implementation(dict(vision_config='eager'))    # on 64 patches faster than the fused kernel
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #1e058fcb
+# %% ../nbs/05_model.ipynb #2b2d2b1b
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     "Write weights (safetensors), configuration and tokenizer as `folder`, whole or not at all."
     folder = Path(folder)
@@ -263,7 +276,7 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/05_model.ipynb #c605d63d
+# %% ../nbs/05_model.ipynb #0d5d10fa
 def checkpoint_hash(folder) -> str:
     "Short hash of everything in a checkpoint that decides what the model computes, so that no result is taken for another model's."
     digest = hashlib.sha256()
@@ -271,7 +284,7 @@ def checkpoint_hash(folder) -> str:
         if path.is_file() and path.name != 'thresholds.json': digest.update(path.name.encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/05_model.ipynb #db7775eb
+# %% ../nbs/05_model.ipynb #223cacb8
 @contextmanager
 def quiet():
     "Without the library's progress bars and reports."
@@ -280,7 +293,7 @@ def quiet():
     try: yield
     finally: logging.set_verbosity(level); logging.enable_progress_bar()
 
-# %% ../nbs/05_model.ipynb #cbb7d09d
+# %% ../nbs/05_model.ipynb #32940703
 @quiet()
 def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.float32, device='cpu') -> tuple[DSTSmolVLM, StreamLayout]:
     "One of our checkpoints, or a plain SmolVLM2 (whose new heads are then random), from a folder or a hub name. The heads stay float32."
@@ -306,7 +319,7 @@ def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.floa
     model.heads.float()
     return model.to(device), StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #25578f57
+# %% ../nbs/05_model.ipynb #7d1b7b55
 def load_model(cfg, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The model of the configuration group `model`: from its `checkpoint`, or the tiny one with random weights."
     if cfg.checkpoint is None: return build_tiny({k: cfg[k] for k in ('hidden_size', 'layers', 'vision_size', 'image_size')}, seed)

@@ -78,6 +78,10 @@ def test_a_misspelt_override(refused, override, words): refused(train, ['output_
     ('train.max_seq_len=10', ['train.max_seq_len=10']),
     ('++train.optim=nope', ['train', 'nope']),
     ('+data.world.nope=1', ['data.world', 'nope']),
+    ('data.world.min_idle=20', ['data.world.min_idle=20', 'max_idle']),
+    ('data.train_world.max_idle=abc', ['data.train_world.max_idle=abc', 'number']),
+    ('data.world.fps=0', ['data.world.fps=0', 'from 0.1']),
+    ('+data.world.part_size=big', ['data.world.part_size=big', 'number']),
     ('data.source=nope', ['data.source=nope', 'toy']),
     ('data.train_videos=0', ['no training video']),
     ('model.hidden_size=30', ['model', '30']),
@@ -94,6 +98,11 @@ def test_a_bad_value_for_training(refused, override, words): refused(train, [*TR
     ('eval.workers=many', ['eval.workers=many', 'number']),
     ('context_strategy=nope', ["no choice 'nope'", 'drop_all']),
     ('context_strategy.max_seq_len=10', ['context_strategy.max_seq_len=10']),
+    ('context_strategy.max_seq_len=100000', ['context_strategy.max_seq_len=100000', 'at most']),
+    ('eval.speak_threshold=often', ['eval.speak_threshold=often', 'number']),
+    ('eval.device=abacus', ['eval.device=abacus', 'not there']),
+    ('eval.dtype=int8', ['eval.dtype=int8', 'bfloat16']),
+    ('+eval.filter.bgin=1', ['eval.filter.bgin', 'no such option']),
 ])
 def test_a_bad_value_for_evaluation(refused, override, words): refused(evaluate, [*EVALUATE, override], *words)
 

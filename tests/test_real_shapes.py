@@ -90,8 +90,10 @@ def test_half_precision_with_exact_heads(model, layout, item):
         tokens = model.encode_frames(batch['pixel_values'][:1])                            # [1, N, D]
         inputs = {k: batch[k] for k in ('input_ids', 'frame_positions', 'step_spans', 'told', 'labels')}
         out = model(**inputs, frame_tokens=tokens.expand(2, -1, -1))
+        with torch.autocast('cpu', dtype=torch.bfloat16): mixed = model(**inputs, frame_tokens=tokens.expand(2, -1, -1))
     assert model.dtype == tokens.dtype == out.lm_logits.dtype == torch.bfloat16
     decided = dict(speak_logits=(1, 2, 2), update_logits=(1, 2, 2), pointer_logits=(1, 2, 4), state_logits=(1, 2, 3, 3))
     assert {name: tuple(out[name].shape) for name in decided} == decided
     assert all(out[name].dtype == torch.float32 and out[name].isfinite().all() for name in decided)
+    assert all(mixed[name].dtype == torch.float32 for name in decided)                     # as in mixed-precision training
     assert out.lm_logits.shape == ((batch['labels'] != -100).sum(), 49280)
