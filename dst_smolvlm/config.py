@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InputError', 'run_cli', 'conf_dir', 'compose_config', 'parse_cli', 'atomic_write', 'save_config', 'environment']
 
-# %% ../nbs/00_config.ipynb #6d009ca6
+# %% ../nbs/00_config.ipynb #045e800f
 import difflib, functools, os, platform, sys
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,11 +17,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# %% ../nbs/00_config.ipynb #d58d506c
+# %% ../nbs/00_config.ipynb #bfb6f6e5
 class InputError(ValueError):
     "Something the user gave is wrong; the message is one line that names it, says where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #c174cd40
+# %% ../nbs/00_config.ipynb #31b3af24
 def run_cli(main):
     "Decorate a `main(argv=None)`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."
     @functools.wraps(main)
@@ -38,7 +38,7 @@ def run_cli(main):
             raise SystemExit(130) from None
     return wrapper
 
-# %% ../nbs/00_config.ipynb #84371659
+# %% ../nbs/00_config.ipynb #4291baf5
 def conf_dir() -> Path:
     "The folder of YAML groups inside the installed package."
     import dst_smolvlm
@@ -52,7 +52,7 @@ def _known_keys(cfg, prefix='') -> list[str]:
         if isinstance(cfg._get_node(key), DictConfig): keys += _known_keys(cfg[key], f'{prefix}{key}.')
     return keys
 
-# %% ../nbs/00_config.ipynb #b80f69ba
+# %% ../nbs/00_config.ipynb #a8d1f4ce
 def _explain(override: str, error: Exception, default: DictConfig) -> str:
     "One line that says what is wrong with `override`."
     key, _, value = override.lstrip('+~').partition('=')
@@ -67,7 +67,7 @@ def _explain(override: str, error: Exception, default: DictConfig) -> str:
         return f"{override}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else '; --cfg prints every key')
     return f"{override}: {' '.join(str(error).split())[:200]}"
 
-# %% ../nbs/00_config.ipynb #7d11419c
+# %% ../nbs/00_config.ipynb #ad2d1ae5
 def _check_numbers(cfg, default, prefix=''):
     "Refuse text where the default is a number."
     for key, value in cfg.items():
@@ -76,7 +76,7 @@ def _check_numbers(cfg, default, prefix=''):
         elif isinstance(known, (int, float)) and isinstance(value, str):
             raise InputError(f'{prefix}{key}={value}: must be a number, for example {known}')
 
-# %% ../nbs/00_config.ipynb #d0838535
+# %% ../nbs/00_config.ipynb #1f6e3233
 def compose_config(overrides=()) -> DictConfig:
     "The resolved configuration for dotted `overrides` such as `['data=toy', 'train.seed=1']`; raises `InputError`."
     def build(overrides):
@@ -96,7 +96,7 @@ def compose_config(overrides=()) -> DictConfig:
                 raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
         raise InputError(' '.join(str(e).split())) from None
 
-# %% ../nbs/00_config.ipynb #0249c07f
+# %% ../nbs/00_config.ipynb #cc07a855
 def parse_cli(argv, usage:str='') -> DictConfig:
     "Overrides in `argv` → configuration. `--cfg` prints it and leaves with status 0; `--help` prints `usage`."
     argv = list(argv)
@@ -107,7 +107,7 @@ def parse_cli(argv, usage:str='') -> DictConfig:
     if '--cfg' in argv: print(OmegaConf.to_yaml(cfg), end=''); raise SystemExit(0)
     return cfg
 
-# %% ../nbs/00_config.ipynb #2a425454
+# %% ../nbs/00_config.ipynb #17c5163f
 @contextmanager
 def atomic_write(path, mode:str='w'):
     "Open a temporary file that takes the name `path` only when the block ends without an error."
@@ -119,14 +119,14 @@ def atomic_write(path, mode:str='w'):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #fd73013e
+# %% ../nbs/00_config.ipynb #2bea26ff
 def save_config(cfg: DictConfig, folder) -> Path:
     "Write the resolved configuration as `folder/config.yaml` and return its path."
     path = Path(folder)/'config.yaml'
     with atomic_write(path) as f: f.write(OmegaConf.to_yaml(cfg))
     return path
 
-# %% ../nbs/00_config.ipynb #b925b8c9
+# %% ../nbs/00_config.ipynb #a61aee93
 def environment() -> dict:
     "What a result was made with: `hardware`, `python` and the `versions` of the packages that compute."
     return dict(hardware=f'{platform.machine()}, {os.cpu_count()} cores', python=platform.python_version(),

@@ -8,7 +8,7 @@ __all__ = ['VARIANTS', 'STREAMING_CODE', 'THRESHOLD_GRID', 'COLUMNS', 'MORE_COLU
            'stream_scenes', 'with_threshold', 'tune_thresholds', 'score_row', 'format_rows', 'run_meta', 'png_uri',
            'report_html', 'evaluate', 'main']
 
-# %% ../nbs/13_evaluate.ipynb #689547a8
+# %% ../nbs/13_evaluate.ipynb #457a2d2e
 import base64, hashlib, html, io, json, os, shlex, threading, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from .model import checkpoint_hash, load_pretrained
 from .stream import backbone_dtype, pick_device, runner_options, stream_record
 from .trace import read_trace, write_trace
 
-# %% ../nbs/13_evaluate.ipynb #a0175fb1
+# %% ../nbs/13_evaluate.ipynb #f033366c
 @dataclass(frozen=True)
 class Variant:
     "One way to stream a video; a row of the scores."
@@ -44,7 +44,7 @@ VARIANTS = (Variant('model', what='own feedback, with the online filter'),
             Variant('control_grey', control='grey', what='control: every frame is grey'),
             Variant('control_permuted', control='permuted', what='control: the step lines are permuted'))
 
-# %% ../nbs/13_evaluate.ipynb #7b90029d
+# %% ../nbs/13_evaluate.ipynb #a0d7a482
 def controlled(variant:Variant, scene, seed:int=0):
     "The record and the frames that a variant streams: the scene's own, or spoiled ones."
     record, frames = scene.record, scene.frames()
@@ -56,7 +56,7 @@ def controlled(variant:Variant, scene, seed:int=0):
         record = record.model_copy(update={'steps': [s.model_copy(update={'name': name}) for s, name in zip(record.steps, names)]})
     return record, frames
 
-# %% ../nbs/13_evaluate.ipynb #c72800ef
+# %% ../nbs/13_evaluate.ipynb #59ce9c25
 STREAMING_CODE = ('cache', 'model', 'prompt', 'state', 'stream', 'video', 'world')
 
 def code_hash() -> str:
@@ -64,7 +64,7 @@ def code_hash() -> str:
     folder = Path(dst_smolvlm.__file__).parent
     return hashlib.sha256(b''.join((folder/f'{name}.py').read_bytes() for name in STREAMING_CODE)).hexdigest()[:12]
 
-# %% ../nbs/13_evaluate.ipynb #f7ab46ff
+# %% ../nbs/13_evaluate.ipynb #b164a12c
 @dataclass(frozen=True)
 class Job:
     "One video in one variant: all that a worker process needs to know."
@@ -84,7 +84,7 @@ class Job:
                  pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.scene.fingerprint()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/13_evaluate.ipynb #3b884697
+# %% ../nbs/13_evaluate.ipynb #37d8610d
 _loaded = {}                   # the last checkpoint of this process, by what it was loaded from
 
 def stream_one(job:Job) -> Path:
@@ -104,14 +104,14 @@ def stream_one(job:Job) -> Path:
     write_trace(trace, job.path)
     return job.path
 
-# %% ../nbs/13_evaluate.ipynb #7b387f2f
+# %% ../nbs/13_evaluate.ipynb #b7eee485
 def start_worker():
     "One thread per process; and a watch that ends the process when its parent was killed, and could not say goodbye."
     torch.set_num_threads(1)
     def watch(): parent_process().join(); os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/13_evaluate.ipynb #3841dadb
+# %% ../nbs/13_evaluate.ipynb #33732bf0
 def processes():
     "The way in which worker processes start."
     if 'forkserver' not in get_all_start_methods(): return get_context('spawn')
@@ -119,7 +119,7 @@ def processes():
     context.set_forkserver_preload(['dst_smolvlm.evaluate'])
     return context
 
-# %% ../nbs/13_evaluate.ipynb #f38da86c
+# %% ../nbs/13_evaluate.ipynb #4ed9e0ae
 def run_jobs(jobs, workers:int, title:str) -> dict:
     "Stream all `jobs`, in `workers` processes; → for each job the path of its trace, or the `InputError` that it ended with."
     done = {}
@@ -138,7 +138,7 @@ def run_jobs(jobs, workers:int, title:str) -> dict:
             except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
     return done
 
-# %% ../nbs/13_evaluate.ipynb #681507d7
+# %% ../nbs/13_evaluate.ipynb #fb423d07
 def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream') -> dict[str, list]:
     "Stream every scene in every variant, resuming what is there; → traces by the variant's name. Raises `InputError` if any video failed."
     weights, scenes = checkpoint_hash(checkpoint), list(scenes)
@@ -150,7 +150,7 @@ def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='
     if failed: raise InputError(f'{len(failed)} of {len(jobs)} streams failed, the others are kept in {folder}. The first: {failed[0]}')
     return {v.name: [read_trace(done[i]) for i, job in enumerate(jobs) if job.variant is v] for v in variants}
 
-# %% ../nbs/13_evaluate.ipynb #8cf0f0ec
+# %% ../nbs/13_evaluate.ipynb #6c93b8de
 def with_threshold(trace, head:str, theta:float):
     "The trace as if `head` had used the threshold `theta` (feedback left as it was)."
     meta = trace.meta | dict(thresholds=trace.meta['thresholds'] | {head: theta})
@@ -158,7 +158,7 @@ def with_threshold(trace, head:str, theta:float):
     if head == 'speak': frames = [f.model_copy(update={'text': (f.text or '…') if f.speak_prob >= theta else None}) for f in frames]
     return trace.model_copy(update=dict(meta=meta, frames=frames))
 
-# %% ../nbs/13_evaluate.ipynb #566e7f94
+# %% ../nbs/13_evaluate.ipynb #0b274c60
 THRESHOLD_GRID = np.arange(.05, 1., .05)
 
 def tune_thresholds(traces, records, tolerance_s:float, grid=THRESHOLD_GRID) -> dict[str, float]:
@@ -173,7 +173,7 @@ def tune_thresholds(traces, records, tolerance_s:float, grid=THRESHOLD_GRID) -> 
         best[head] = round(float(grid[top[len(top)//2]]), 3)
     return best
 
-# %% ../nbs/13_evaluate.ipynb #ae699921
+# %% ../nbs/13_evaluate.ipynb #b1e4b5bc
 COLUMNS = ('speaking_f1', 'update_f1', 'joint_goal_accuracy', 'slot_accuracy', 'response_names_step')
 MORE_COLUMNS = ('speaking_precision', 'speaking_recall', 'update_precision', 'update_recall', 'state_change_f1', 'legal_ratio')
 BASELINE_ROWS = dict(
@@ -197,7 +197,7 @@ def format_rows(rows) -> str:
     widths = [max(len(row[i]) for row in [head] + body) for i in range(len(head))]
     return '\n'.join('  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in [head] + body)
 
-# %% ../nbs/13_evaluate.ipynb #a6e9c891
+# %% ../nbs/13_evaluate.ipynb #fe2a0d66
 def run_meta(cfg, checkpoint, thresholds, records, argv) -> dict:
     "Everything that one needs to make the figures again."
     uids = hashlib.sha256('\n'.join(json.dumps(r.model_dump(mode='json'), sort_keys=True) for r in records).encode()).hexdigest()[:12]
@@ -209,7 +209,7 @@ def run_meta(cfg, checkpoint, thresholds, records, argv) -> dict:
         tolerance_s=cfg.eval.tolerance_s, thresholds=thresholds, strategy=cfg.context_strategy.name,
         filter=OmegaConf.to_container(cfg.eval).get('filter'), device=pick_device(cfg), dtype=cfg.eval.dtype, **environment())
 
-# %% ../nbs/13_evaluate.ipynb #3cdcacc6
+# %% ../nbs/13_evaluate.ipynb #51c4c800
 def png_uri(fig) -> str:
     "A figure as a data URI, so that the report is one file."
     out = io.BytesIO()
@@ -226,7 +226,7 @@ pre{padding:.8em;overflow:auto}
 .model td{font-weight:600}
 .note{color:#555}"""
 
-# %% ../nbs/13_evaluate.ipynb #83cc9d7f
+# %% ../nbs/13_evaluate.ipynb #5eabd8a2
 def report_html(rows, meta, traces, records, what) -> str:
     "The self-contained report: the rows, what they mean, how they were made, and the timelines of the videos."
     cell = lambda v: '–' if v is None else f'{v:.3f}'
@@ -257,7 +257,7 @@ itself, and <i>legal ratio</i> is the share of its transitions that go forward b
 <h2>Timelines</h2><p>Thick lanes: predicted; thin: true.</p>{pictures}
 <h2>How this was made</h2><pre>{html.escape(json.dumps(meta, indent=1))}</pre></html>"""
 
-# %% ../nbs/13_evaluate.ipynb #c134f49e
+# %% ../nbs/13_evaluate.ipynb #8d715dc9
 def evaluate(cfg, argv=()) -> dict:
     "Stream and score a checkpoint by a configuration; leaves traces, `scores.json` and `report.html` in the output folder."
     out = Path(cfg.output_dir)
@@ -293,7 +293,7 @@ def evaluate(cfg, argv=()) -> dict:
     print(format_rows(rows), f"\n\n{meta['videos']} {cfg.eval.split} videos, thresholds {source}; {out/'report.html'} has their timelines")
     return dict(rows=rows, meta=meta)
 
-# %% ../nbs/13_evaluate.ipynb #b9f400da
+# %% ../nbs/13_evaluate.ipynb #4d8fe57e
 USAGE = """usage: python -m dst_smolvlm.evaluate [--cfg] [group=choice] [group.key=value] ...
 Streams the videos of eval.split with OUTPUT_DIR/checkpoint and leaves traces, scores.json and report.html there."""
 
@@ -302,5 +302,5 @@ def main(argv=None):
     "The command: overrides → scores and report."
     evaluate(parse_cli(argv, USAGE), argv)
 
-# %% ../nbs/13_evaluate.ipynb #ebadfdd0
+# %% ../nbs/13_evaluate.ipynb #60b61310
 if __name__ == '__main__' and '__file__' in globals(): main()

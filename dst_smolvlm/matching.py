@@ -6,19 +6,19 @@
 __all__ = ['WINDOWS', 'ratio', 'match_events', 'PRF', 'event_prf', 'word_similarity', 'pairing_cost', 'Pair', 'Matching',
            'match_predictions', 'speaking_metrics']
 
-# %% ../nbs/12_matching.ipynb #200de9e1
+# %% ../nbs/12_matching.ipynb #0905f8c6
 from collections import Counter
 from typing import Callable, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-# %% ../nbs/12_matching.ipynb #36b921a7
+# %% ../nbs/12_matching.ipynb #53186768
 def ratio(right: float, total: float) -> float|None:
     "`right/total`, or None if there was nothing to judge."
     return right/total if total else None
 
-# %% ../nbs/12_matching.ipynb #9e6db930
+# %% ../nbs/12_matching.ipynb #1ca7241a
 def match_events(
     pred_frames,            # frames of the decisions
     ref_frames,             # frames of the true events
@@ -31,7 +31,7 @@ def match_events(
     rows, cols = linear_sum_assignment(np.where(distance <= tolerance_frames, distance, forbidden))
     return [(i, j) for i, j in zip(rows.tolist(), cols.tolist()) if distance[i, j] <= tolerance_frames]
 
-# %% ../nbs/12_matching.ipynb #d61057b0
+# %% ../nbs/12_matching.ipynb #61b38aa6
 class PRF(NamedTuple):
     "Precision, recall and F1 with the counts they come from; None where undefined."
     precision: float|None
@@ -44,24 +44,24 @@ class PRF(NamedTuple):
     def from_counts(cls, tp: int, fp: int, fn: int) -> 'PRF':
         return cls(ratio(tp, tp+fp), ratio(tp, tp+fn), ratio(2*tp, 2*tp+fp+fn), tp, fp, fn)
 
-# %% ../nbs/12_matching.ipynb #dd4ffc80
+# %% ../nbs/12_matching.ipynb #82b4c15d
 def event_prf(pred_frames, ref_frames, tolerance_frames: int) -> PRF:
     "How well decisions meet true events, one to one within ±`tolerance_frames`."
     tp = len(match_events(pred_frames, ref_frames, tolerance_frames))
     return PRF.from_counts(tp, len(pred_frames) - tp, len(ref_frames) - tp)
 
-# %% ../nbs/12_matching.ipynb #d32a9ee7
+# %% ../nbs/12_matching.ipynb #152da2d9
 WINDOWS = {'narration': (-2.5, 2.5), 'ego4d': (-4, 8.5), 'epickitchens': (-1.5, 3), 'holoassist': (-1.5, 2.5),
            'egoexolearn': (-2, 3.5), 'assembly101': (-2, 4), 'wtag': (-3, 6)}   # seconds, reference minus prediction
 
-# %% ../nbs/12_matching.ipynb #fad6d48c
+# %% ../nbs/12_matching.ipynb #d487bc48
 def word_similarity(a: str, b: str) -> float:
     "Cosine between the word counts of two texts: 1 for the same words, 0 for no word in common or no words at all."
     a, b = Counter(a.lower().split()), Counter(b.lower().split())
     norm = (sum(n*n for n in a.values())*sum(n*n for n in b.values()))**.5
     return (1. if a == b else sum(n*b[w] for w, n in a.items())/norm) if norm else 0.
 
-# %% ../nbs/12_matching.ipynb #1dad401b
+# %% ../nbs/12_matching.ipynb #063581e7
 def pairing_cost(
     gen: dict[int, str],        # frame → what was said, only the frames to be placed
     ref: dict[int, str],        # frame → what should have been said
@@ -80,7 +80,7 @@ def pairing_cost(
     cost = 1 - abs(sim) + dist_factor*(abs(shift)/max(-left, right, 1))**dist_power
     return np.where(inside, cost, np.inf), sim
 
-# %% ../nbs/12_matching.ipynb #3f83368b
+# %% ../nbs/12_matching.ipynb #b49a4ec4
 class Pair(NamedTuple):
     "A reply and the reference turn it was matched with."
     pred: int            # frame
@@ -95,7 +95,7 @@ class Matching(NamedTuple):
     redundant: list[int]  # reply frames without a reference
     fps: float
 
-# %% ../nbs/12_matching.ipynb #78e3280e
+# %% ../nbs/12_matching.ipynb #2166b761
 def match_predictions(
     gen: dict[int, str],                    # frame → what was said
     ref: dict[int, str],                    # frame → what should have been said
@@ -117,7 +117,7 @@ def match_predictions(
     preds, refs = {p.pred for p in pairs}, {p.ref for p in pairs}
     return Matching(pairs, sorted(set(ref) - refs), sorted(set(gen) - preds), fps)
 
-# %% ../nbs/12_matching.ipynb #a6987351
+# %% ../nbs/12_matching.ipynb #ca9238e5
 def speaking_metrics(*matchings: Matching, threshold: float=.5) -> dict[str, float|int|None]:
     "ProAssist's measures of speech, pooled over the videos' `matchings`; None where undefined."
     pairs = [(p, m.fps) for m in matchings for p in m.pairs]

@@ -6,7 +6,7 @@
 __all__ = ['NO_OPTIONS', 'USAGE', 'OnlineStateFilter', 'feed', 'StepResult', 'StreamRunner', 'stream_record', 'load_thresholds',
            'pick_device', 'backbone_dtype', 'runner_options', 'read_steps', 'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #647e1460
+# %% ../nbs/11_stream.ipynb #32aeeebe
 import inspect, itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
 from .video import frames_to_pixels, iter_frames
 
-# %% ../nbs/11_stream.ipynb #3190fff7
+# %% ../nbs/11_stream.ipynb #c4ace3af
 class OnlineStateFilter:
     "Causal filter from pointer probabilities to a sequence of states, by the rules above. It lives outside the model."
     def __init__(self, state, begin:float=2., beside:float=.6, established:int=2, undo_frames:int=2):
@@ -53,7 +53,7 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #602c85b1
+# %% ../nbs/11_stream.ipynb #92afeab4
 def _normed(norm, x): return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 def feed(
@@ -77,7 +77,7 @@ def feed(
         x = x + layer.mlp(_normed(layer.post_attention_layernorm, x))
     return _normed(text_model.norm, x)
 
-# %% ../nbs/11_stream.ipynb #0f6786f5
+# %% ../nbs/11_stream.ipynb #78d7871a
 @dataclass
 class StepResult:
     "What the model made of one frame."
@@ -91,7 +91,7 @@ class StepResult:
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #181f0961
+# %% ../nbs/11_stream.ipynb #8b88f831
 NO_OPTIONS = MappingProxyType({})
 
 class StreamRunner:
@@ -181,7 +181,7 @@ class StreamRunner:
         self.pending = [self.layout.end_id] + self.layout.turn_end
         return self.layout.decode(said)
 
-# %% ../nbs/11_stream.ipynb #13c4aad5
+# %% ../nbs/11_stream.ipynb #b85c3af5
 def stream_record(
     model: DSTSmolVLM, layout: StreamLayout,
     record: VideoRecord,      # its steps, goal, knowledge and user turns; the reference words and states are not looked at
@@ -215,7 +215,7 @@ def stream_record(
         steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
         meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #e26120a3
+# %% ../nbs/11_stream.ipynb #8a068e58
 def load_thresholds(cfg, checkpoint) -> dict[str, float]:
     "The thresholds {speak, update}: as configured, else those that evaluation left in the `checkpoint` folder, else .5."
     path = Path(str(checkpoint))/'thresholds.json'
@@ -228,7 +228,7 @@ def load_thresholds(cfg, checkpoint) -> dict[str, float]:
         if type(found[head]) not in (int, float): raise InputError(f'eval.{head}_threshold={found[head]}: must be a number, such as 0.5')
     return found
 
-# %% ../nbs/11_stream.ipynb #2c372847
+# %% ../nbs/11_stream.ipynb #a09288d9
 def pick_device(cfg) -> str:
     "`cfg.eval.device`, of which `auto` is a GPU if there is one."
     if cfg.eval.device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -251,7 +251,7 @@ def runner_options(cfg, model, thresholds) -> dict:
                 speak_threshold=thresholds['speak'], update_threshold=thresholds['update'],
                 filter_options=None if cfg.eval.filter is None else dict(cfg.eval.filter), max_reply_tokens=cfg.eval.max_reply_tokens)
 
-# %% ../nbs/11_stream.ipynb #a60b85ce
+# %% ../nbs/11_stream.ipynb #5971089d
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -272,7 +272,7 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #551f9cd6
+# %% ../nbs/11_stream.ipynb #4de888f4
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     "Stream a video file at `cfg.eval.fps`; writes the trace to `out`. One frame is held at a time, however long the video is."
     task, fps = read_steps(steps_file), cfg.eval.fps
@@ -290,7 +290,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #00a81bd6
+# %% ../nbs/11_stream.ipynb #19cbccc9
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
 Streams a video file through a trained model; leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
 
@@ -313,5 +313,5 @@ def main(argv=None):
     changes = sum(e['type'] == 'state' for e in trace.events)
     print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #6dc406e7
+# %% ../nbs/11_stream.ipynb #dc6eb953
 if __name__ == '__main__' and '__file__' in globals(): main()

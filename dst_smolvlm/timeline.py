@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figure_png', 'cursor_svg', 'states_html', 'decisions_html', 'words_html', 'frame_png', 'TimelineWidget']
 
-# %% ../nbs/14_timeline.ipynb #4fcfea56
+# %% ../nbs/14_timeline.ipynb #f0646be2
 import html, io
 
 import ipywidgets as widgets
@@ -20,7 +20,7 @@ from .records import VideoRecord
 from .state import STATE_NAMES
 from .trace import Trace, reference_speech
 
-# %% ../nbs/14_timeline.ipynb #5a4aa4c2
+# %% ../nbs/14_timeline.ipynb #5fa9cf24
 def figure_png(figure: Figure, dpi: int=96) -> tuple[bytes, float, float]:
     "PNG of `figure`; where time 0 of its first axes lies, and how far a second reaches, as shares of the width."
     figure.set_dpi(dpi)
@@ -29,14 +29,14 @@ def figure_png(figure: Figure, dpi: int=96) -> tuple[bytes, float, float]:
     (zero, _), (one, _) = figure.axes[0].transData.transform([(0, 0), (1, 0)])/figure.bbox.width
     return out.getvalue(), zero, one - zero
 
-# %% ../nbs/14_timeline.ipynb #202438a4
+# %% ../nbs/14_timeline.ipynb #9985711f
 def cursor_svg(share: float, width: int, height: int) -> str:
     "A vertical line at `share` of the width, as an SVG of the picture's size."
     x = share*width
     return (f'<svg width="{width}" height="{height}" style="display:block;pointer-events:none">'
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#000" stroke-width="1.5" opacity=".75"/></svg>')
 
-# %% ../nbs/14_timeline.ipynb #f84dfb8c
+# %% ../nbs/14_timeline.ipynb #ad2f2b76
 def _chip(state: int) -> str:
     "A state as a coloured label."
     return (f'<span style="background:{STATE_COLORS[state]};color:{"#fff" if state == 2 else "#222"};padding:1px 6px;border-radius:3px;'
@@ -54,7 +54,7 @@ def states_html(trace: Trace, frame: int, true: np.ndarray|None=None) -> str:
     rows = ''.join(row(k, step.name) for k, step in enumerate(trace.steps))
     return f'<table style="font-size:12px;line-height:1.4"><tr>{"".join(cell(f"<b>{h}</b>") for h in head)}</tr>{rows}</table>'
 
-# %% ../nbs/14_timeline.ipynb #c403282d
+# %% ../nbs/14_timeline.ipynb #68a5cb47
 def decisions_html(trace: Trace, frame: int) -> str:
     "P(speak) and P(update) at `frame` as bars with a mark at the threshold."
     def bar(name, prob, color):
@@ -68,7 +68,7 @@ def decisions_html(trace: Trace, frame: int) -> str:
     f = trace.frames[frame]
     return bar('speak', f.speak_prob, SPEAK) + bar('update', f.update_prob, UPDATE)
 
-# %% ../nbs/14_timeline.ipynb #0232aadb
+# %% ../nbs/14_timeline.ipynb #0634f7ed
 def words_html(trace: Trace, frame: int, expected: dict[int, str]|None=None, last: int=8) -> str:
     "The `last` things said up to `frame`, and what should have been said (frame → text)."
     said = [(e['frame'], 0, e['type'], e['text']) for e in trace.events if e['type'] == 'user']
@@ -78,7 +78,7 @@ def words_html(trace: Trace, frame: int, expected: dict[int, str]|None=None, las
                    for i, _, who, text in sorted(w for w in said if w[0] <= frame)[-last:])
     return f'<div style="font-size:12px;line-height:1.5">{rows or "<i>nothing said yet</i>"}</div>'
 
-# %% ../nbs/14_timeline.ipynb #a99588ff
+# %% ../nbs/14_timeline.ipynb #c82aa0fe
 def frame_png(image: np.ndarray, size: int=288) -> bytes:
     "A frame, uint8 [H, W, 3], as PNG whose longer side is `size` pixels; small pictures keep their hard pixels."
     image, out = Image.fromarray(np.asarray(image)), io.BytesIO()
@@ -86,7 +86,7 @@ def frame_png(image: np.ndarray, size: int=288) -> bytes:
     image.resize((round(image.width*scale), round(image.height*scale)), Image.NEAREST if scale > 1 else Image.BILINEAR).save(out, 'PNG')
     return out.getvalue()
 
-# %% ../nbs/14_timeline.ipynb #2e986686
+# %% ../nbs/14_timeline.ipynb #5dffe4d2
 class TimelineWidget(widgets.VBox):
     "Plays back a trace: frame, decisions, states, lanes with a moving cursor, and the words so far."
     def __init__(
