@@ -81,7 +81,7 @@ def test_a_misspelt_override(refused, override, words): refused(train, ['output_
     ('data.world.min_idle=20', ['data.world.min_idle=20', 'max_idle']),
     ('data.train_world.max_idle=abc', ['data.train_world.max_idle=abc', 'number']),
     ('data.world.fps=0', ['data.world.fps=0', 'from 0.1']),
-    ('+data.world.part_size=big', ['data.world.part_size=big', 'number']),
+    ('data.world.part_size=big', ['data.world.part_size=big', 'number']),
     ('data.source=nope', ['data.source=nope', 'toy']),
     ('data.train_videos=0', ['no training video']),
     ('model.hidden_size=30', ['model', '30']),
