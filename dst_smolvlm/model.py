@@ -7,7 +7,7 @@ __all__ = ['FRAMES_AT_ONCE', 'DSTSmolVLMConfig', 'tiny_config', 'image_seq_len',
            'in_float32', 'DSTHeads', 'DSTSmolVLM', 'build_tiny', 'save_model', 'checkpoint_hash', 'quiet',
            'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #c894cc94
+# %% ../nbs/05_model.ipynb #190218ef
 import hashlib, math, os, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .config import InputError
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
 from .state import IN_PROGRESS
 
-# %% ../nbs/05_model.ipynb #1ac29358
+# %% ../nbs/05_model.ipynb #d15ca426
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
@@ -33,7 +33,7 @@ class DSTSmolVLMConfig(SmolVLMConfig):
     head_size: int = 0                 # width of the pointer and of the state head; 0 is the text model's hidden size
     unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch
 
-# %% ../nbs/05_model.ipynb #aaa257f1
+# %% ../nbs/05_model.ipynb #4e3c5419
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
                 image_size:int=64, scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
@@ -45,12 +45,12 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
     return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1,
                             image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True)
 
-# %% ../nbs/05_model.ipynb #6d234ce2
+# %% ../nbs/05_model.ipynb #21859ebf
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_model.ipynb #c7c054fb
+# %% ../nbs/05_model.ipynb #67d819e1
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -60,7 +60,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_model.ipynb #6ac47acf
+# %% ../nbs/05_model.ipynb #6dcac222
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -78,7 +78,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_model.ipynb #cc19e2cb
+# %% ../nbs/05_model.ipynb #492f76f2
 def in_float32(method):
     "A method whose first argument is a tensor, outside of automatic mixed precision."
     @wraps(method)
@@ -86,7 +86,7 @@ def in_float32(method):
         with torch.autocast(x.device.type, enabled=False): return method(self, x, *args, **kwargs)
     return call
 
-# %% ../nbs/05_model.ipynb #6d448932
+# %% ../nbs/05_model.ipynb #30a39a34
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -152,7 +152,7 @@ class DSTHeads(nn.Module):
         same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
         return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
 
-# %% ../nbs/05_model.ipynb #17745ac8
+# %% ../nbs/05_model.ipynb #97207178
 FRAMES_AT_ONCE = 128
 
 class DSTSmolVLM(SmolVLMForConditionalGeneration):
@@ -253,7 +253,7 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
             out.glimpse_logits = self.heads.point(self.heads.look(seen.unflatten(0, (len(words), -1))), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #e2c80daa
+# %% ../nbs/05_model.ipynb #70282a91
 def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The tiny model with random weights, and its layout."
     cfg = dict(cfg or {})
@@ -264,7 +264,7 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     model.set_attn_implementation(dict(vision_config='eager'))    # on 64 patches faster than the fused kernel
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #2b2d2b1b
+# %% ../nbs/05_model.ipynb #021d26bb
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     "Write weights (safetensors), configuration and tokenizer as `folder`, whole or not at all."
     folder = Path(folder)
@@ -276,7 +276,7 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/05_model.ipynb #0d5d10fa
+# %% ../nbs/05_model.ipynb #d72be3c7
 def checkpoint_hash(folder) -> str:
     "Short hash of everything in a checkpoint that decides what the model computes, so that no result is taken for another model's."
     digest = hashlib.sha256()
@@ -284,7 +284,7 @@ def checkpoint_hash(folder) -> str:
         if path.is_file() and path.name != 'thresholds.json': digest.update(path.name.encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/05_model.ipynb #223cacb8
+# %% ../nbs/05_model.ipynb #4bc06010
 @contextmanager
 def quiet():
     "Without the library's progress bars and reports."
@@ -293,7 +293,7 @@ def quiet():
     try: yield
     finally: logging.set_verbosity(level); logging.enable_progress_bar()
 
-# %% ../nbs/05_model.ipynb #32940703
+# %% ../nbs/05_model.ipynb #25610b20
 @quiet()
 def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.float32, device='cpu') -> tuple[DSTSmolVLM, StreamLayout]:
     "One of our checkpoints, or a plain SmolVLM2 (whose new heads are then random), from a folder or a hub name. The heads stay float32."
@@ -319,7 +319,7 @@ def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.floa
     model.heads.float()
     return model.to(device), StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #7d1b7b55
+# %% ../nbs/05_model.ipynb #ab78f384
 def load_model(cfg, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The model of the configuration group `model`: from its `checkpoint`, or the tiny one with random weights."
     if cfg.checkpoint is None: return build_tiny({k: cfg[k] for k in ('hidden_size', 'layers', 'vision_size', 'image_size')}, seed)

@@ -1,5 +1,5 @@
 """Commands in processes of their own, forked from one that has imported the package already: a start costs nothing."""
-import multiprocessing, os, socket
+import multiprocessing, os, signal, socket
 
 context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['dst_smolvlm.train', 'dst_smolvlm.evaluate'])
@@ -15,6 +15,7 @@ SMALL = ['model=tiny', 'model.hidden_size=32', 'model.layers=1', 'model.vision_s
 def _run(log, env, command, *args):
     with open(log, 'w') as f: os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background job inherits that it is ignored
     command(*args)
 
 
