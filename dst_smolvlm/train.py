@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'TellEpoch', 'DSTTrainer', 'check_ranks', 'same_run',
            'last_whole_checkpoint', 'move_aside', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #0a68e13d
+# %% ../nbs/09_train.ipynb #94cb1ed2
 import itertools, json, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load
 from .loss import PARTS, LossConfig, loss_counts, multitask_loss
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #63186204
+# %% ../nbs/09_train.ipynb #796e3f56
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -41,7 +41,7 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #092c9d89
+# %% ../nbs/09_train.ipynb #65be664f
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
@@ -53,13 +53,13 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     except (ValueError, TypeError) as e:
         raise InputError(f'train: {e}' + (' Or add train.bf16=false' if 'bf16' in str(e) else '')) from None
 
-# %% ../nbs/09_train.ipynb #4182c63d
+# %% ../nbs/09_train.ipynb #5ec2c212
 class TellEpoch(TrainerCallback):
     "Tells the dataset its epoch."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, 'set_epoch'): train_dataloader.dataset.set_epoch(int(state.epoch))
 
-# %% ../nbs/09_train.ipynb #07e9e2f5
+# %% ../nbs/09_train.ipynb #8082b2c6
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -93,7 +93,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #f0df40ed
+# %% ../nbs/09_train.ipynb #4bd618fe
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -106,13 +106,15 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #cc596dcd
+# %% ../nbs/09_train.ipynb #3467731a
 def same_run(cfg, out:Path) -> bool:
-    "Is what lies in `out` of the same configuration?"
+    "Was what lies in `out` trained by the same configuration? How it is streamed and scored does not matter."
     path = out/'config.yaml'
-    return path.is_file() and OmegaConf.to_container(OmegaConf.load(path)) == OmegaConf.to_container(cfg)
+    if not path.is_file(): return False
+    before = OmegaConf.load(path)
+    return all(before.get(group) == cfg[group] for group in ('model', 'data', 'train'))
 
-# %% ../nbs/09_train.ipynb #7ce9abce
+# %% ../nbs/09_train.ipynb #54cf9f38
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -121,7 +123,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_train.ipynb #b2e95c46
+# %% ../nbs/09_train.ipynb #3dc19780
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -130,7 +132,7 @@ def move_aside(out:Path):
     os.replace(out/'checkpoint', kept)
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/09_train.ipynb #4373b65e
+# %% ../nbs/09_train.ipynb #a397dbb8
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -165,7 +167,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #e42b5fd3
+# %% ../nbs/09_train.ipynb #6b14641e
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -177,5 +179,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #323f703d
+# %% ../nbs/09_train.ipynb #c109aa73
 if __name__ == '__main__' and '__file__' in globals(): main()
