@@ -6,18 +6,18 @@
 __all__ = ['NOT_STARTED', 'IN_PROGRESS', 'COMPLETED', 'STATE_NAMES', 'frame_times', 'frame_of', 'states_at', 'states_from_spans',
            'Transition', 'transitions', 'state_changes', 'apply_transitions', 'is_legal', 'legal_ratio', 'agenda']
 
-# %% ../nbs/00_state.ipynb #3e31076e
+# %% ../nbs/00_state.ipynb #9f28d6fe
 from typing import NamedTuple
 
 import numpy as np
 
 from .config import InputError
 
-# %% ../nbs/00_state.ipynb #33e95f87
+# %% ../nbs/00_state.ipynb #ac8740ad
 NOT_STARTED, IN_PROGRESS, COMPLETED = 0, 1, 2
 STATE_NAMES = ('not_started', 'in_progress', 'completed')
 
-# %% ../nbs/00_state.ipynb #2ef013e2
+# %% ../nbs/00_state.ipynb #093bfe6d
 def frame_times(
     num_frames: int,
     fps: float,   # frames per second; the models here watch at 2
@@ -25,7 +25,7 @@ def frame_times(
     "The time of each frame: `i / fps`."
     return np.arange(num_frames) / fps
 
-# %% ../nbs/00_state.ipynb #e05739a9
+# %% ../nbs/00_state.ipynb #5e803736
 def frame_of(
     time: float,  # seconds; times before the video belong to frame 0
     fps: float,
@@ -35,7 +35,7 @@ def frame_of(
     if i/fps < time: return i + 1
     return i - 1 if i and (i-1)/fps >= time else i
 
-# %% ../nbs/00_state.ipynb #5f0bfa1e
+# %% ../nbs/00_state.ipynb #d7baf730
 def states_at(
     spans: list[list[tuple[float, float]]],  # per step its (start, end) in seconds; none, or a negative start: skipped
     times,                                   # seconds, a number or [T]
@@ -44,17 +44,21 @@ def states_at(
     "The state of every step at every time."
     if repeats not in ('merge', 'reopen'): raise InputError(f"repeats={repeats}: unknown; write 'merge' or 'reopen'")
     times = np.asarray(times, dtype=np.float64)
-    states = np.zeros((*times.shape, len(spans)), dtype=np.int8)
-    for s, occurrences in enumerate(spans):
-        occurrences = [o for o in occurrences if o[0] >= 0]
-        if not occurrences: continue
-        starts, ends = map(sorted, zip(*occurrences))
-        if repeats == 'merge': starts, ends = starts[:1], ends[-1:]
-        opened, closed = (np.searchsorted(edges, times, side='right') for edges in (starts, ends))  # [T]
-        states[..., s] = np.where(opened > closed, IN_PROGRESS, np.where(opened > 0, COMPLETED, NOT_STARTED))
-    return states
+    order = np.argsort(times, axis=None, kind='stable')
+    done = [[o for o in occurrences if o[0] >= 0] for occurrences in spans]
+    if repeats == 'merge': done = [[(min(o[0] for o in step), max(o[1] for o in step))] if step else [] for step in done]
+    edges = np.array([edge for step in done for o in step for edge in o], dtype=np.float64)
+    first = iter(np.searchsorted(times.ravel()[order], edges, side='left').reshape(-1, 2).tolist())    # of the times at or after an edge
+    lanes = np.zeros((len(spans), times.size), dtype=np.int8)
+    for lane, step in zip(lanes, done):
+        painted = [next(first) for _ in step]
+        if painted: lane[min(start for start, _ in painted):] = COMPLETED
+        for start, end in painted: lane[start:end] = IN_PROGRESS
+    states = np.empty((times.size, len(spans)), dtype=np.int8)
+    states[order] = lanes.T
+    return states.reshape(*times.shape, len(spans))
 
-# %% ../nbs/00_state.ipynb #71130a96
+# %% ../nbs/00_state.ipynb #f277fb04
 def states_from_spans(
     spans: list[list[tuple[float, float]]],  # per step its (start, end) in seconds
     fps: float,
@@ -64,7 +68,7 @@ def states_from_spans(
     "The state of every step at every frame."
     return states_at(spans, frame_times(num_frames, fps), repeats)
 
-# %% ../nbs/00_state.ipynb #38d41078
+# %% ../nbs/00_state.ipynb #ade78fc2
 class Transition(NamedTuple):
     "One step going from one state to another; `step` counts from 0."
     step: int
@@ -83,7 +87,7 @@ def transitions(
         changes += [Transition(s, 0, 1), Transition(s, 1, 2)] if (b, a) == (0, 2) else [Transition(s, b, a)]
     return changes
 
-# %% ../nbs/00_state.ipynb #de500d98
+# %% ../nbs/00_state.ipynb #c877b76d
 def state_changes(
     states,          # [T, S]
     initial=None,    # [S] states before frame 0; default all not started
@@ -94,7 +98,7 @@ def state_changes(
     changed = np.flatnonzero((before != states).any(axis=1)).tolist()
     return {i: transitions(before[i], states[i]) for i in changed}
 
-# %% ../nbs/00_state.ipynb #9dba3abd
+# %% ../nbs/00_state.ipynb #1df718bc
 def apply_transitions(
     state,                          # [S]
     transitions: list[Transition],
@@ -104,13 +108,13 @@ def apply_transitions(
     for step, _, after in transitions: state[step] = after
     return state
 
-# %% ../nbs/00_state.ipynb #dc4dac73
+# %% ../nbs/00_state.ipynb #b23f8e4b
 def is_legal(transition: Transition, repeats: str = 'merge') -> bool:
     "Whether a step can go this way: one state forward, or back from completed to in progress under `reopen`."
     _, before, after = transition
     return after == before + 1 or (repeats == 'reopen' and (before, after) == (COMPLETED, IN_PROGRESS))
 
-# %% ../nbs/00_state.ipynb #8d83f883
+# %% ../nbs/00_state.ipynb #7679f9ec
 def legal_ratio(
     states,                  # [T, S], usually predicted
     initial=None,            # [S] before frame 0; default all not started
@@ -120,7 +124,7 @@ def legal_ratio(
     legal = [is_legal(t, repeats) for change in state_changes(states, initial).values() for t in change]
     return sum(legal)/len(legal) if legal else None
 
-# %% ../nbs/00_state.ipynb #a9258041
+# %% ../nbs/00_state.ipynb #7ebad191
 def agenda(state) -> tuple[str, int | None]:
     "What a state [S] implies: `('now', step)` in progress, else `('next', step)` not started, else `('done', None)`."
     state = np.asarray(state)

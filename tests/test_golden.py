@@ -15,21 +15,30 @@ def _golden(pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern)) or pytest.skip('skipped: not found')
 
 
-def test_states():
-    "HoloAssist: the same steps, number of frames and changes of state, and as many cells in each state."
-    labels = Path(os.environ.get('DST_REAL', ROOT.parent/'shared'/'real'))/'holoassist'/'labels'
+FOLDERS = dict(holoassist='holoassist/labels', captaincook4d='captaincook4d/complete_step_annotations.subset.json',
+               ego4d_goalstep='ego4d_goalstep', egoexolearn='egoexolearn')
+STEP_OF = dict(holoassist=lambda s: s.name, captaincook4d=lambda s: int(s.id), ego4d_goalstep=lambda s: s.name, egoexolearn=lambda s: s.id)
+
+
+def _real(name: str) -> Path:
+    path = Path(os.environ.get('DST_REAL', ROOT.parent/'shared'/'real'))/name
+    return path if path.exists() else pytest.skip(f'skipped: {name} not found')
+
+
+@pytest.mark.parametrize('source', FOLDERS)
+def test_states(source):
+    "The same steps, number of frames and changes of state, and as many cells in each state, on every golden video of a dataset."
     for path in _golden('states*.json'):
-        if not labels.is_dir(): pytest.skip('skipped: not found')
         golden = json.loads(path.read_text(encoding='utf-8'))
-        for expected in golden['sources'].get('holoassist', []):
-            where = f"{path.name} {expected['video']}"
-            [record] = records.read_holoassist(labels/f"{expected['video']}.json")
+        by_uid = {r.video_uid: r for r in records.read_records(_real(FOLDERS[source]))}
+        for expected in golden['sources'].get(source, []):
+            where, record = f"{path.name} {expected['video']}", by_uid[expected['video']]
             states = record.states(golden['fps'])
             changes = [[frame, [[s, int(states[frame, s])] for s in sorted({t.step for t in change})]]
                        for frame, change in state.state_changes(states).items()]
             assert record.duration == expected['duration'], where
             assert len(states) == record.num_frames(golden['fps']) == expected['num_frames'], where
-            assert [s.name for s in record.steps] == expected['steps'], where
+            assert [STEP_OF[source](s) for s in record.steps] == expected['steps'], where
             assert changes == expected['changes'], where
             assert {name: int((states == i).sum()) for i, name in enumerate(state.STATE_NAMES)} == expected['cells'], where
 

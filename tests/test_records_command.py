@@ -1,0 +1,123 @@
+"The command `python -m dst_smolvlm.records` on real files and on what is wrong with them."
+import json, os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from seeds import COARSE, NATIVE, PREPARED
+
+from dst_smolvlm.reading import read_entries
+from dst_smolvlm.records import main, read_records
+from dst_smolvlm.video import write_video
+
+REAL = Path(os.environ.get('DST_REAL', Path(__file__).resolve().parents[2]/'shared'/'real'))
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f'skipped: no real annotations at {REAL}')
+
+
+def command(*argv) -> int:
+    "The exit status of the command."
+    try: main([str(a) for a in argv])
+    except SystemExit as e: return e.code
+    return 0
+
+
+def problems(report: Path) -> list[dict]: return json.loads(report.read_text())['problems']
+
+
+@needs_real
+def test_every_real_file_is_read():
+    "Each gives records without an error, or is known to belong to some; the one text of statistics is no annotation."
+    formats, not_read = Counter(), []
+    files = [p for p in sorted(REAL.rglob('*')) if p.is_file() and p.suffix in ('.json', '.jsonl', '.csv', '.tsv', '.txt', '.zip')]
+    assert len(files) > 200
+    for path in files:
+        entries = list(read_entries(path))
+        errors = [str(p) for e in entries for p in e.problems if not p.warning]
+        if errors: not_read.append((path.name, errors))
+        formats.update(e.format for e in entries if e.record)
+        for e in entries:
+            if e.record: assert e.record.steps or e.record.turns
+    assert [name for name, _ in not_read] == ['proassist_published_statistics.txt']
+    assert formats == {'HoloAssist': 1442, 'CaptainCook4D': 280, 'EgoExoLearn': 60, 'Ego4D Goal-Step': 56, 'printed timeline': 17,
+                       'prepared conversations': 4, 'DST': 1}
+
+
+@needs_real
+def test_the_levels_of_real_trees():
+    step, inner = (list(read_entries(REAL/'ego4d_goalstep', level=level)) for level in ('step', 'substep'))
+    assert sum(bool(e.record) for e in step) == 56
+    assert 0 < sum(bool(e.record) for e in inner) < 56 and {p.kind for e in inner for p in e.problems} == {'no steps'}
+    timeline = REAL/'proassist_format'/'holoassist_R0027-12-GoPro_timeline.txt'
+    assert len(read_records(timeline, level='substep')[0].steps) > len(read_records(timeline)[0].steps)
+
+
+@needs_real
+def test_every_real_mismatch_is_reported(tmp_path, capsys):
+    "The published cases of clips that end after their video, each replayed as a record of that clip."
+    counts = REAL/'proassist_format'/'frame_count_mismatches.json'
+    cases = json.loads(counts.read_text())
+    clips = [PREPARED | {'video_uid': c['video_uid'], 'end_frame_idx': c['sparse_frame'], 'metadata': {'user_id': str(i)}}
+             for i, c in enumerate(cases)]
+    (tmp_path/'clips.jsonl').write_text('\n'.join(map(json.dumps, clips)))
+    found = {}
+    for policy in ('strict', 'skip', 'clip'):
+        status = command('check', tmp_path/'clips.jsonl', '--lengths', counts, '--policy', policy, '--report', tmp_path/'report.json')
+        past = [p for p in problems(tmp_path/'report.json') if p['kind'] == 'past the video']
+        assert [p['record'] for p in past] == [f'line {i + 1}' for i in range(len(cases))] and {p['field'] for p in past} == {'duration'}
+        assert [float(p['value']) for p in past] == [c['sparse_frame']/2 for c in cases]
+        found[policy] = status, {p['severity'] for p in past}
+    assert found == {'strict': (1, {'error'}), 'skip': (1, {'error'}), 'clip': (0, {'warning'})}
+    assert command('convert', tmp_path/'clips.jsonl', '--lengths', counts, '--policy', 'clip', '--out', tmp_path/'out.jsonl') == 0
+    assert [r.duration for r in read_records(tmp_path/'out.jsonl')] == [c['arrow_frames']/2 for c in cases]
+    clean = [clip | {'end_frame_idx': c['arrow_frames']} for clip, c in zip(clips, cases)]
+    (tmp_path/'clips.jsonl').write_text('\n'.join(map(json.dumps, clean)))
+    assert command('check', tmp_path/'clips.jsonl', '--lengths', counts) == 0     # as long as their videos: nothing to report
+
+
+def test_the_length_of_a_video_file_counts(tmp_path, capsys):
+    write_video(tmp_path/'tea.mp4', np.zeros((8, 48, 64, 3), np.uint8), fps=2)     # 4 s; the record has 6
+    records = [NATIVE | {'video': 'tea.mp4'}, NATIVE | {'video': 'gone.mp4', 'video_uid': 'b'}]
+    (tmp_path/'a.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    assert command('check', tmp_path/'a.jsonl', '--report', tmp_path/'r.json') == 1
+    assert [(p['kind'], p['field'], p['severity']) for p in problems(tmp_path/'r.json')] == [
+        ('past the video', 'duration', 'error'), ('no video', 'video', 'warning')]
+    assert command('convert', tmp_path/'a.jsonl', '--policy', 'clip', '--out', tmp_path/'b.jsonl') == 0
+    assert [r.duration for r in read_records(tmp_path/'b.jsonl')] == [4., 6.]
+    (tmp_path/'tea.tsv').write_text('type\tid\tstart_ts\tend_ts\tname\nstep\tS1\t0\t3\tboil\n')
+    assert command('convert', tmp_path/'tea.tsv', '--videos', tmp_path, '--out', tmp_path/'c.jsonl') == 0
+    assert read_records(tmp_path/'c.jsonl')[0].duration == 4.                      # a table does not say it; the video does
+
+
+def test_words_and_steps_are_joined(tmp_path, capsys):
+    uid = 'assembly_nusar-2021_action_both_9011__HMC_2111'
+    (tmp_path/'words.jsonl').write_text('\n'.join(json.dumps(PREPARED | {'video_uid': u}) for u in (uid, 'other')))
+    (tmp_path/f"{uid.split('__')[0]}.txt").write_text(COARSE)
+    (tmp_path/'others.txt').write_text(COARSE)
+    steps = tmp_path/f"{uid.split('__')[0]}.txt"
+    assert command('check', tmp_path/'words.jsonl') == 0 and 'join THIS --steps ANNOTATION' in capsys.readouterr().out
+    assert command('join', tmp_path/'words.jsonl', '--steps', steps, '--out', tmp_path/'out.jsonl') == 1
+    assert 'other.talk_some_1: no steps for this video' in capsys.readouterr().out
+    [record] = read_records(tmp_path/'out.jsonl')
+    assert (record.video_uid, len(record.steps), len(record.turns)) == (uid, 2, 1)
+    assert command('check', tmp_path/'out.jsonl') == 0
+    assert command('join', tmp_path/'words.jsonl', '--steps', tmp_path/'others.txt', '--out', tmp_path/'none.jsonl') == 2
+    assert not (tmp_path/'none.jsonl').exists() and 'no record' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"tea": "long"}', '{"tea": -1}', '{"tea": 1e9}'])
+def test_wrong_lengths(tmp_path, capsys, text):
+    (tmp_path/'a.jsonl').write_text(json.dumps(NATIVE))
+    (tmp_path/'lengths.json').write_text(text)
+    assert command('check', tmp_path/'a.jsonl', '--lengths', tmp_path/'lengths.json') == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'lengths.json' in err
+    assert command('check', tmp_path/'a.jsonl', '--lengths', tmp_path/'gone.json') == 2
+
+
+def test_an_interrupted_check_leaves_no_report(tmp_path, monkeypatch):
+    (tmp_path/'a.jsonl').write_text(json.dumps(NATIVE))
+    def stopped(*args, **kwargs): yield from read_entries(*args, **kwargs); raise KeyboardInterrupt
+    monkeypatch.setattr('dst_smolvlm.records.read_entries', stopped)
+    assert command('check', tmp_path/'a.jsonl', '--report', tmp_path/'report.json') == 130
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.jsonl']
