@@ -6,7 +6,7 @@
 __all__ = ['BACKWARDS', 'Seconds', 'RecordError', 'validate', 'parse_json', 'Step', 'Turn', 'VideoRecord', 'write_records',
            'TimestampToStateConverter']
 
-# %% ../nbs/01_annotation.ipynb #e0fd665c
+# %% ../nbs/01_annotation.ipynb #7e5f25d0
 import json, re, reprlib
 from collections import Counter, defaultdict
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from .config import InputError, atomic_write
 from .state import frame_of, frame_times, states_at, states_from_spans
 
-# %% ../nbs/01_annotation.ipynb #03166441
+# %% ../nbs/01_annotation.ipynb #0349134f
 class RecordError(InputError):
     "An annotation is wrong; the message is one line with all that is known of the place."
     def __init__(
@@ -46,7 +46,7 @@ def _one_line(text) -> str:
     "Text that any terminal can print: on one line, and without half characters."
     return ' '.join(str(text).encode('utf-8', 'backslashreplace').decode().split())
 
-# %% ../nbs/01_annotation.ipynb #e0bd643b
+# %% ../nbs/01_annotation.ipynb #4f41b21f
 def validate(model, data, file, record: str = '', at: str = ''):
     "`data`, which stands at `at` in the record, as a `model`; a `RecordError` names the first thing wrong with it."
     try: return model.model_validate(data)
@@ -60,14 +60,18 @@ def validate(model, data, file, record: str = '', at: str = ''):
 
 BACKWARDS = 'ends before it starts'
 
-# %% ../nbs/01_annotation.ipynb #7ddc5cff
+# %% ../nbs/01_annotation.ipynb #4661e64d
 def parse_json(text: str, file, record: str = ''):
     "The value in `text`; raises `RecordError`."
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer if re.search(r'\d{300}', text) else None)
         if re.search(r'\\u[dD][89a-fA-F]', text): json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as e: raise RecordError(file, f'not JSON ({e})', record, kind='not JSON') from None
+
+def _integer(digits: str) -> int:
+    if len(digits) > 300: raise ValueError(f'a number of {len(digits)} digits')        # more than a float can be
+    return int(digits)
 
 def _object(pairs: list[tuple]) -> dict:
     "What an object of JSON holds."
@@ -77,7 +81,7 @@ def _object(pairs: list[tuple]) -> dict:
         raise ValueError(f'the key {twice[:80]!r} occurs twice')
     return found
 
-# %% ../nbs/01_annotation.ipynb #85f25713
+# %% ../nbs/01_annotation.ipynb #4c7c383c
 class _Model(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
@@ -102,7 +106,7 @@ class Turn(_Model):
     time: Seconds                       # on the video's clock
     content: str = Field(min_length=1)
 
-# %% ../nbs/01_annotation.ipynb #b27c66b8
+# %% ../nbs/01_annotation.ipynb #847df11e
 class VideoRecord(_Model):
     "One annotated video; all times are seconds on its own clock."
     video_uid: str = Field(min_length=1)
@@ -160,13 +164,13 @@ class VideoRecord(_Model):
             if turn.role != 'system': turns[frame_of(turn.time, fps)].append(turn)
         return {frame: said for frame, said in turns.items() if frame < self.num_frames(fps)}
 
-# %% ../nbs/01_annotation.ipynb #1dbed18d
+# %% ../nbs/01_annotation.ipynb #284fdf8a
 def write_records(records, path):
     "Write records as JSONL, whole or not at all."
     with atomic_write(path) as f:
         for r in records: f.write(r.to_json() + '\n')
 
-# %% ../nbs/01_annotation.ipynb #afd698ef
+# %% ../nbs/01_annotation.ipynb #1cbc84ef
 class TimestampToStateConverter:
     "States from `{name: {'timestamps': [first, …, last]}}`, or from a list of `Step`."
     def __init__(self, steps: dict | list[Step], repeats: str = 'merge'):

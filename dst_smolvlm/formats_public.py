@@ -9,7 +9,7 @@ __all__ = ['Clock', 'SecondsText', 'FPS_ASSEMBLY101', 'FrameText', 'PUBLIC_FORMA
            'read_coin', 'EpicAction', 'read_epic_kitchens', 'by_column', 'read_assembly101', 'FineAction',
            'read_assembly101_fine']
 
-# %% ../nbs/01_formats_public.ipynb #fb7f2735
+# %% ../nbs/01_formats_public.ipynb #a0be0f5f
 import csv, io, re
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .annotation import RecordError, Seconds, Turn, VideoRecord, validate
 from .formats import Foreign, Format, Lines, Source, Span, Table, collect_steps, has, items, name_of, or_list_of
 from .formats_proassist import is_frame_counts
 
-# %% ../nbs/01_formats_public.ipynb #6ecc3c53
+# %% ../nbs/01_formats_public.ipynb #5793720d
 def h_m_s(text: str) -> float:
     "`h:m:s` in seconds; raises `ValueError`."
     if not re.fullmatch(r'\d{1,3}:\d\d:\d\d(\.\d+)?', text): raise ValueError('must be a time such as 0:01:02.5')
@@ -42,12 +42,12 @@ class CoarseAction(Span):
     sentence: str = Field(validation_alias=AliasPath('attributes', 'Action sentence'), min_length=1)
 
 class Conversation(Foreign):
-    start: float
-    end: float
+    start: Seconds
+    end: Seconds
     purpose: str = Field(validation_alias=AliasPath('attributes', 'Conversation Purpose'), pattern='^(instructor|student)')
     words: str = Field(validation_alias=AliasPath('attributes', 'Transcription'), min_length=1)
 
-# %% ../nbs/01_formats_public.ipynb #c3afd4ba
+# %% ../nbs/01_formats_public.ipynb #35169298
 def read_holoassist(data, source: Source) -> VideoRecord:
     "The labels of one HoloAssist recording."
     recording = validate(HoloAssist, data, source.file, uid := name_of(data, 'video_name'))
@@ -71,7 +71,7 @@ def read_holoassist(data, source: Source) -> VideoRecord:
                   steps=collect_steps(occurrences, numbered=True), turns=sorted(turns, key=lambda t: t.time))
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #5b3f6ea4
+# %% ../nbs/01_formats_public.ipynb #04c0ae32
 class Cooking(Foreign):
     "A recording of CaptainCook4D, in either shape."
     recording_id: str = Field(min_length=1)
@@ -87,7 +87,7 @@ class CookingStep(Timed):
     key: int = Field(alias='step_id')
     name: str = Field(alias='description', min_length=1)
 
-# %% ../nbs/01_formats_public.ipynb #4172a37e
+# %% ../nbs/01_formats_public.ipynb #3076ee46
 def read_captaincook4d(data, source: Source) -> VideoRecord:
     "One recording of CaptainCook4D."
     field = 'steps' if has(data, steps=object) else 'step_annotations'
@@ -104,7 +104,7 @@ def read_captaincook4d(data, source: Source) -> VideoRecord:
 
 def _cookings(data) -> list: return list(data.values()) if isinstance(data, dict) and 'recording_id' not in data else items(data)
 
-# %% ../nbs/01_formats_public.ipynb #a0fbf7b9
+# %% ../nbs/01_formats_public.ipynb #030bd83a
 def column_of(source: Source, names: tuple[str, ...], key: str, value: str) -> dict[str, float]:
     "`value` by `key`, from the first of the tables `names` that lies beside the source; empty if there is none."
     for name in names:
@@ -121,7 +121,7 @@ def _column(text: str, name: str, key: str, value: str) -> dict[str, float]:
             raise RecordError(name, 'must be a number', f'line {line}', value, row.get(value)) from None
     return found
 
-# %% ../nbs/01_formats_public.ipynb #f2df6ce3
+# %% ../nbs/01_formats_public.ipynb #16b0778f
 class GoalStep(Foreign):
     "One goal of Ego4D Goal-Step."
     video_uid: str = Field(min_length=1)
@@ -145,7 +145,7 @@ def read_goalstep(data, source: Source) -> VideoRecord:
     fields = dict(video_uid=uid, dataset='ego4d_goalstep', duration=video.end, goal=video.goal, steps=steps)
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #c3dcfa44
+# %% ../nbs/01_formats_public.ipynb #67c0aafe
 class CoarseSpan(Span):
     key: str = Field(alias='attribute', min_length=1)
     name: str = Field(alias='textAttribute_en', min_length=1)
@@ -162,7 +162,7 @@ def read_egoexolearn(data: list, source: Source) -> VideoRecord:
     steps = collect_steps((s.key, ' '.join(s.name.split()), s.start, s.end) for s in spans)
     return validate(VideoRecord, dict(video_uid=uid, dataset='egoexolearn', duration=seconds, steps=steps), source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #81ceac13
+# %% ../nbs/01_formats_public.ipynb #76121e6a
 SecondsText = Annotated[Seconds, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
 
 class Coin(Foreign):
@@ -186,7 +186,7 @@ def read_coin(part: tuple[str, dict], source: Source) -> VideoRecord:
     fields = dict(video_uid=uid, dataset='coin', duration=video.duration, goal=video.task, steps=collect_steps(occurrences, numbered=True))
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #47521246
+# %% ../nbs/01_formats_public.ipynb #e7fcc38b
 class EpicAction(Foreign):
     start: Clock = Field(alias='start_timestamp')
     end: Clock = Field(alias='stop_timestamp')
@@ -211,7 +211,7 @@ def by_column(table: Table, column: str, key=lambda value: value) -> list[tuple[
     for line, row in table.rows: groups[key(row[column] or '')].append((line, row))
     return list(groups.items())
 
-# %% ../nbs/01_formats_public.ipynb #b16ca7a7
+# %% ../nbs/01_formats_public.ipynb #8b2e28a0
 FPS_ASSEMBLY101 = 30
 
 def _action_text(columns: list[str]) -> str:
@@ -245,7 +245,7 @@ def _assembly(uid: str, occurrences: list, source: Source) -> VideoRecord:
                   steps=collect_steps(occurrences, numbered=True))
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #5fdedfb8
+# %% ../nbs/01_formats_public.ipynb #275eb8c5
 FrameText = Annotated[int, Field(ge=0, le=10**9), Strict(False)]
 
 class FineAction(Foreign):
@@ -263,7 +263,7 @@ def read_assembly101_fine(part: tuple[str, list], source: Source) -> VideoRecord
         found[a.name, s.start, s.end] = None
     return _assembly(uid, [(name, name, start, end) for name, start, end in found], source)
 
-# %% ../nbs/01_formats_public.ipynb #52695c89
+# %% ../nbs/01_formats_public.ipynb #1fc14114
 def _is_cooking(data) -> bool:
     return has(data, recording_id=object) and (has(data, steps=object) or has(data, step_annotations=object))
 

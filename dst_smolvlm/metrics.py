@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'joint_goal_accuracy', 'slot_accuracy', 'named_steps', '
            'score_counts', 'score_traces', 'listed_order', 'rename_steps', 'baseline_trace', 'PRF', 'WINDOWS',
            'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #366c411f
+# %% ../nbs/12_metrics.ipynb #e5a2bad6
 import re, zlib
 from collections import Counter
 from functools import lru_cache
@@ -20,10 +20,10 @@ from .records import VideoRecord
 from .state import is_legal, state_changes
 from .trace import Trace, oracle_trace, reference_speech, trace_from_states
 
-# %% ../nbs/12_metrics.ipynb #c307524a
+# %% ../nbs/12_metrics.ipynb #7f2d711d
 _all_ = ['PRF', 'WINDOWS', 'event_prf', 'match_events', 'match_predictions', 'ratio', 'speaking_metrics', 'word_similarity']
 
-# %% ../nbs/12_metrics.ipynb #e7573f2c
+# %% ../nbs/12_metrics.ipynb #31076640
 def joint_goal_accuracy(
     pred: np.ndarray,   # [T, S]
     true: np.ndarray    # [T, S]
@@ -31,12 +31,12 @@ def joint_goal_accuracy(
     "The share of frames with every step right; None without frames."
     return ratio(int((np.asarray(pred) == true).all(axis=1).sum()), len(true))
 
-# %% ../nbs/12_metrics.ipynb #4dcca33e
+# %% ../nbs/12_metrics.ipynb #03f5681b
 def slot_accuracy(pred: np.ndarray, true: np.ndarray) -> float|None:
     "The share of (frame, step) cells that are right; None without cells."
     return ratio(int((np.asarray(pred) == true).sum()), np.size(true))
 
-# %% ../nbs/12_metrics.ipynb #5149ffce
+# %% ../nbs/12_metrics.ipynb #c95b356d
 _key = lambda name: ' '.join(name.lower().split()).strip(' .')
 
 @lru_cache(256)
@@ -46,13 +46,13 @@ def _names_pattern(step_names: tuple[str, ...]) -> re.Pattern:
     words = '|'.join(r'\s+'.join(map(re.escape, n.split())) for n in longest_first)
     return re.compile(rf'(?<!\w)(?:{words or "(?!)"})(?!\w)', re.IGNORECASE)
 
-# %% ../nbs/12_metrics.ipynb #5e440f7f
+# %% ../nbs/12_metrics.ipynb #60b3705a
 def named_steps(text: str, step_names: list[str]) -> set[int]:
     "The steps whose name stands in `text`."
     found = {_key(m) for m in _names_pattern(tuple(step_names)).findall(text)}
     return {k for k, name in enumerate(step_names) if _key(name) in found}
 
-# %% ../nbs/12_metrics.ipynb #d4ad4657
+# %% ../nbs/12_metrics.ipynb #7e5c3322
 def response_names_step(
     spoken: list[tuple[int, str]],            # (frame, text) of the replies
     reference_turns: list[tuple[int, str]],   # (frame, text) of what should have been said
@@ -65,7 +65,7 @@ def response_names_step(
     asked = {j: named for j, (_, text) in enumerate(reference_turns) if (named := named_steps(text, step_names))}
     return sum(reply.get(j) == named for j, named in asked.items()), len(asked)
 
-# %% ../nbs/12_metrics.ipynb #2f2a5d96
+# %% ../nbs/12_metrics.ipynb #2fc964e3
 def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Counter:
     "Everything that `score_counts` needs to know about one video."
     fps, true, ref = trace.fps, record.states(trace.fps), reference_speech(record, trace.fps)     # true: [T, S]
@@ -84,7 +84,7 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1.) -> Cou
                    frames=T, frames_right=int((pred == true).all(1).sum()), slots=true.size, slots_right=int((pred == true).sum()),
                    named=named, named_right=right, frames_lacking=max(0, T - len(trace.frames)), moves=len(moves), moves_legal=sum(moves))
 
-# %% ../nbs/12_metrics.ipynb #dc898db2
+# %% ../nbs/12_metrics.ipynb #f257cb0e
 _WHY_UNDEFINED = {
     'speaking_precision': 'nothing was said',
     'speaking_recall': 'nothing was to be said',
@@ -112,30 +112,30 @@ def score_counts(counts: Counter) -> dict:
                    legal_ratio=ratio(counts['moves_legal'], counts['moves']))
     return scores | dict(undefined={k: _WHY_UNDEFINED[k] for k, v in scores.items() if v is None}, counts=dict(counts))
 
-# %% ../nbs/12_metrics.ipynb #39c94293
+# %% ../nbs/12_metrics.ipynb #047d56b9
 def score_traces(
     traces: list[Trace], records: list[VideoRecord],   # one of each per video, in any order
     tolerance_s: float=1.                              # ± seconds for replies and updates
 ) -> dict:
     "Scores pooled over all videos, with `per_video` the same for each."
     by_uid = {t.video_uid: t for t in traces}
-    uids = [r.video_uid for r in records]
+    uids = [r.uid for r in records]
     for uid in set(uids) ^ set(by_uid):
         lacking = 'no record for this trace' if uid in by_uid else 'no trace for this record'
         raise InputError(f'{uid}: {lacking}; score exactly the videos that were streamed')
-    if len(set(uids)) < len(uids) or len(by_uid) < len(traces): raise InputError('two traces or two records have the same video_uid')
-    counts = {r.video_uid: count_trace(by_uid[r.video_uid], r, tolerance_s) for r in records}
+    if len(set(uids)) < len(uids) or len(by_uid) < len(traces): raise InputError('two traces or two records have the same name')
+    counts = {r.uid: count_trace(by_uid[r.uid], r, tolerance_s) for r in records}
     pooled = Counter()
     for c in counts.values(): pooled.update(c)
     return score_counts(pooled) | dict(videos=len(records), tolerance_s=tolerance_s,
                                        per_video=[{'video_uid': uid} | score_counts(c) for uid, c in counts.items()])
 
-# %% ../nbs/12_metrics.ipynb #e59c942b
+# %% ../nbs/12_metrics.ipynb #5176a094
 def listed_order(states: np.ndarray) -> np.ndarray:
     "The same number of steps in each state at each frame, but in listed order."
     return -np.sort(-np.asarray(states), axis=1)   # [T, S]
 
-# %% ../nbs/12_metrics.ipynb #7d389be9
+# %% ../nbs/12_metrics.ipynb #34dd5fdb
 def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: np.ndarray) -> str:
     "`text` with each named step replaced by the step that is believed to be in its true state ([S] each)."
     def other(match):
@@ -145,7 +145,7 @@ def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: n
         return match[0] if k == step else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
     return _names_pattern(tuple(step_names)).sub(other, text)
 
-# %% ../nbs/12_metrics.ipynb #c48742f8
+# %% ../nbs/12_metrics.ipynb #96f260a2
 BASELINES = ('oracle', 'always_silent', 'prior_rate', 'clock', 'previous_state', 'event_order')
 
 def baseline_trace(

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['NO_OPTIONS', 'USAGE', 'OnlineStateFilter', 'StepResult', 'StreamRunner', 'stream_record', 'given_thresholds',
-           'load_thresholds', 'pick_device', 'backbone_dtype', 'runner_options', 'read_steps', 'stream_file', 'main']
+           'load_thresholds', 'pick_device', 'backbone_dtype', 'runner_options', 'read_steps', 'name_of_video',
+           'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #6cc4247e
+# %% ../nbs/11_stream.ipynb #d56cda40
 import inspect, itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -26,9 +28,9 @@ from .prompt import StreamLayout
 from .records import Step, Turn, VideoRecord
 from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
-from .video import frames_to_pixels, iter_frames
+from .video import frames_to_pixels, iter_frames, prefetch
 
-# %% ../nbs/11_stream.ipynb #2278ac08
+# %% ../nbs/11_stream.ipynb #02de149a
 class OnlineStateFilter:
     "Causal filter from pointer probabilities to a sequence of states, by the rules above. It lives outside the model."
     def __init__(self, state, begin:float=2., beside:float=.6, established:int=2, undo_frames:int=2):
@@ -51,7 +53,7 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #05477521
+# %% ../nbs/11_stream.ipynb #3fa69513
 @dataclass
 class StepResult:
     "What the model made of one frame."
@@ -65,7 +67,7 @@ class StepResult:
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #f9b7ca0d
+# %% ../nbs/11_stream.ipynb #56490d50
 NO_OPTIONS = MappingProxyType({})
 
 class StreamRunner:
@@ -156,7 +158,7 @@ class StreamRunner:
         self.pending = [self.layout.end_id] + self.layout.turn_end
         return self.layout.decode(said)
 
-# %% ../nbs/11_stream.ipynb #ebfe5a84
+# %% ../nbs/11_stream.ipynb #86c654ea
 def stream_record(
     model: DSTSmolVLM, layout: StreamLayout,
     record: VideoRecord,      # its steps, goal, knowledge and user turns; the reference words and states are not looked at
@@ -185,12 +187,12 @@ def stream_record(
             cache_tokens=r.cache_tokens, latency_ms=r.latency_ms))
     thresholds = dict(speak=runner.speak_threshold, update=runner.update_threshold)
     return Trace(
-        video_uid=record.video_uid, dataset=record.dataset, fps=record.fps, goal=record.goal,
+        video_uid=record.uid, dataset=record.dataset, fps=record.fps, goal=record.goal,
         model=name, strategy=runner.strategy.name, filter=runner.filter is not None,
         steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
         meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #429e8d39
+# %% ../nbs/11_stream.ipynb #d2cd4263
 def given_thresholds(cfg) -> dict[str, float]:
     "Those of the two thresholds {speak, update} that the configuration gives."
     given = {head: cfg.eval[f'{head}_threshold'] for head in ('speak', 'update') if cfg.eval[f'{head}_threshold'] is not None}
@@ -205,7 +207,7 @@ def load_thresholds(cfg, checkpoint) -> dict[str, float]:
     except ValueError: raise InputError(f'{path}: not readable as JSON; remove it, or evaluate again') from None
     return dict(speak=.5, update=.5) | tuned | given_thresholds(cfg)
 
-# %% ../nbs/11_stream.ipynb #d4d472f0
+# %% ../nbs/11_stream.ipynb #732281dd
 def pick_device(cfg) -> str:
     "`cfg.eval.device`, of which `auto` is a GPU if there is one."
     if cfg.eval.device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -228,7 +230,7 @@ def runner_options(cfg, model, thresholds) -> dict:
                 speak_threshold=thresholds['speak'], update_threshold=thresholds['update'],
                 filter_options=None if cfg.eval.filter is None else dict(cfg.eval.filter), max_reply_tokens=cfg.eval.max_reply_tokens)
 
-# %% ../nbs/11_stream.ipynb #4e8a1ae0
+# %% ../nbs/11_stream.ipynb #9486b97f
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -249,15 +251,22 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #3c04c879
+# %% ../nbs/11_stream.ipynb #77ae03fa
+def name_of_video(video) -> str:
+    "What a trace calls a file, a folder or an address; never with the user and password that an address may hold."
+    address = urlsplit(str(video)) if '://' in str(video) else None
+    return f'{address.hostname}{address.path}'.strip('/').replace('/', '_') if address else Path(video).stem
+
+# %% ../nbs/11_stream.ipynb #ac3e7267
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
-    "Stream a video file at `cfg.eval.fps`; writes the trace to `out`. One frame is held at a time, however long the video is."
+    """Stream a video (a file, a folder of images at `cfg.eval.source_fps`, an address) at `cfg.eval.fps`; writes the trace to `out`.
+    Frames are decoded while the model works, and few are held, however long the video is."""
     task, fps = read_steps(steps_file), cfg.eval.fps
-    decoded = iter_frames(video, fps)
+    decoded = prefetch(iter_frames(video, fps, cfg.eval.source_fps))
     first = next(decoded)                                       # a broken video is said before the model is loaded
     model, layout = load_pretrained(checkpoint, dtype=backbone_dtype(cfg), device=pick_device(cfg))
     turns = [Turn(role='user', time=t['time'], content=t['content']) for t in task['turns']]
-    record = VideoRecord(video_uid=Path(video).stem, dataset='file', fps=fps, goal=task['goal'], knowledge=task['knowledge'],
+    record = VideoRecord(video_uid=name_of_video(video), dataset='file', fps=fps, goal=task['goal'], knowledge=task['knowledge'],
                          duration=max([t.time for t in turns], default=0.) + 1/fps,    # to the user's last word; the video may be longer
                          steps=[Step(id=f'S{k+1}', name=name, spans=[]) for k, name in enumerate(task['steps'])], turns=turns)
     meta = dict(checkpoint_hash=checkpoint_hash(checkpoint), config=OmegaConf.to_container(cfg), **environment())
@@ -267,9 +276,10 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #431ecf14
+# %% ../nbs/11_stream.ipynb #77de6da0
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
-Streams a video file through a trained model; leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
+Streams a video (a file, an address, or a folder of images with eval.source_fps=…) through a trained model;
+leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
 
 @run_cli
 def main(argv=None):
@@ -280,8 +290,8 @@ def main(argv=None):
             i = argv.index(f'--{name}')
             if i + 1 >= len(argv): raise InputError(f'--{name}: its value is missing')
             options[name] = argv[i+1]; argv = argv[:i] + argv[i+2:]
-    cfg = parse_cli([a for a in argv if '=' in a or a.startswith('-')], USAGE)
-    videos = [a for a in argv if '=' not in a and not a.startswith('-')]
+    videos = [a for a in argv if '://' in a or '=' not in a and not a.startswith('-')]
+    cfg = parse_cli([a for a in argv if a not in videos], USAGE)
     missing = [f'--{n}' for n in ('steps', 'checkpoint', 'out') if n not in options] + ['VIDEO']*(len(videos) != 1)
     if missing: raise InputError(f'{", ".join(missing)}: missing. {USAGE.splitlines()[0]}')
     trace = stream_file(videos[0], options['steps'], options['checkpoint'], options['out'], cfg)
@@ -290,5 +300,5 @@ def main(argv=None):
     changes = sum(e['type'] == 'state' for e in trace.events)
     print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #55876a95
+# %% ../nbs/11_stream.ipynb #ec25eca0
 if __name__ == '__main__' and '__file__' in globals(): main()

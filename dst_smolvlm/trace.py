@@ -6,7 +6,7 @@
 __all__ = ['Prob', 'EVENT_TYPES', 'TraceFrame', 'TraceStep', 'Trace', 'write_trace', 'read_trace', 'example_record',
            'reference_speech', 'trace_from_states', 'oracle_trace', 'example_trace']
 
-# %% ../nbs/10_trace.ipynb #b2f38bd3
+# %% ../nbs/10_trace.ipynb #853ac5e4
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from .config import InputError, atomic_write
 from .records import Step, Turn, VideoRecord
 from .state import state_changes
 
-# %% ../nbs/10_trace.ipynb #33596c53
+# %% ../nbs/10_trace.ipynb #0db47901
 Prob = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda p: round(p, 6))]
 
 class _Strict(BaseModel):
@@ -43,7 +43,7 @@ class TraceFrame(_Strict):
     latency_ms: float = 0.             # from the pixels to the last decision
     pointer_probs: list[Prob]|None = None   # [S+1], the active-step pointer; the last entry is "none"
 
-# %% ../nbs/10_trace.ipynb #0c1e3538
+# %% ../nbs/10_trace.ipynb #12331a98
 EVENT_TYPES = ('user', 'assistant', 'state', 'overflow')
 
 class TraceStep(_Strict):
@@ -64,7 +64,7 @@ class _TraceFields(_Strict):
     events: list[dict] = []            # {"type", "frame", "time", …}: text, transitions or dropped_tokens
     meta: dict = {}                    # thresholds {"speak", "update"}, seed, versions, command
 
-# %% ../nbs/10_trace.ipynb #294ffd62
+# %% ../nbs/10_trace.ipynb #b04a0c74
 def _contradiction(trace) -> str|None:
     "The first thing in `trace` that does not fit the rest of it, as `field: why`."
     S = len(trace.steps)
@@ -79,7 +79,7 @@ def _contradiction(trace) -> str|None:
         if not isinstance(e.get('frame'), int) or not 0 <= e['frame'] < len(trace.frames):
             return f"events.{i}.frame: {e.get('frame')!r}, but the trace has {len(trace.frames)} frames"
 
-# %% ../nbs/10_trace.ipynb #9bd82082
+# %% ../nbs/10_trace.ipynb #125e9874
 class Trace(_TraceFields):
     "Everything that one streamed video left behind."
     @model_validator(mode='after')
@@ -109,7 +109,7 @@ class Trace(_TraceFields):
         "Frames at which head 2 decided that the state changes."
         return np.flatnonzero(self.update_probs >= (self.threshold('update') if threshold is None else threshold)).tolist()
 
-# %% ../nbs/10_trace.ipynb #053650d2
+# %% ../nbs/10_trace.ipynb #e8efba46
 def write_trace(trace: Trace, path) -> Path:
     "Write `trace` as JSON, one frame or event per line; the file appears only when it is whole."
     lines = {k: [json.dumps(x, ensure_ascii=False) for x in v] if k in ('frames', 'events') else json.dumps(v, ensure_ascii=False)
@@ -118,7 +118,7 @@ def write_trace(trace: Trace, path) -> Path:
     with atomic_write(path) as f: f.write('{' + ',\n '.join(f'"{k}": {block(v)}' for k, v in lines.items()) + '}\n')
     return Path(path)
 
-# %% ../nbs/10_trace.ipynb #1346ffb6
+# %% ../nbs/10_trace.ipynb #2ccb5126
 def read_trace(path) -> Trace:
     "The trace in the file `path`; `InputError` names the file and the field that is wrong."
     path = Path(path)
@@ -131,7 +131,7 @@ def read_trace(path) -> Trace:
         why = {'missing': 'missing', 'extra_forbidden': 'unknown field'}.get(error['type'], error['msg'].removeprefix('Value error, '))
         raise InputError(f"{path}: {field + ': ' if field else ''}{why}") from None
 
-# %% ../nbs/10_trace.ipynb #50422900
+# %% ../nbs/10_trace.ipynb #f648a45a
 def example_record() -> VideoRecord:
     "Thirty seconds, four steps out of the listed order, one question: the running example of the notebooks that follow."
     spans = {'put the red circle in box 2': (3, 8), 'put the blue square in box 1': (15, 20),
@@ -145,13 +145,13 @@ def example_record() -> VideoRecord:
                        steps=[Step(id=f'S{i+1}', name=n, spans=[s]) for i, (n, s) in enumerate(spans.items())],
                        turns=[Turn(role=r, time=t, content=c) for t, r, c in said])
 
-# %% ../nbs/10_trace.ipynb #625da766
+# %% ../nbs/10_trace.ipynb #aa2fa90c
 def reference_speech(record: VideoRecord, fps: float|None=None, role: str='assistant') -> dict[int, str]:
     "What `role` truly says, frame by frame."
     texts = {i: ' '.join(t.content for t in turns if t.role == role) for i, turns in sorted(record.turns_at(fps).items())}
     return {i: text for i, text in texts.items() if text}
 
-# %% ../nbs/10_trace.ipynb #668c2e58
+# %% ../nbs/10_trace.ipynb #c71db8cf
 def _events(user: dict, changes: dict, speech: dict, num_frames: int, fps: float) -> list[dict]:
     "User turns, state changes and replies in the order of the stream."
     def at(i):
@@ -160,7 +160,7 @@ def _events(user: dict, changes: dict, speech: dict, num_frames: int, fps: float
         if i in speech: yield 'assistant', {'text': speech[i]}
     return [dict(type=kind, frame=i, time=i/fps, **what) for i in range(num_frames) for kind, what in at(i)]
 
-# %% ../nbs/10_trace.ipynb #145b28ab
+# %% ../nbs/10_trace.ipynb #4e17c4f8
 def trace_from_states(
     record: VideoRecord,                # the video
     states: np.ndarray,                 # [T, S], what is believed at each frame
@@ -175,16 +175,16 @@ def trace_from_states(
     updates = set(changes if updates is None else updates)
     frames = [TraceFrame(index=i, time=i/fps, speak_prob=float(i in speech), update_prob=float(i in updates),
                          state_probs=np.eye(3)[row], state=row, text=speech.get(i)) for i, row in enumerate(states)]
-    return Trace(video_uid=record.video_uid, dataset=record.dataset, fps=fps, model=model, goal=record.goal, frames=frames,
+    return Trace(video_uid=record.uid, dataset=record.dataset, fps=fps, model=model, goal=record.goal, frames=frames,
                  steps=[TraceStep(id=s.id, name=s.name) for s in record.steps], meta={'thresholds': {'speak': .5, 'update': .5}},
                  events=_events(reference_speech(record, fps, 'user'), changes, speech, T, fps))
 
-# %% ../nbs/10_trace.ipynb #647821b4
+# %% ../nbs/10_trace.ipynb #981a9b1f
 def oracle_trace(record: VideoRecord, fps: float|None=None, repeats: str='merge') -> Trace:
     "The trace of an assistant that makes no mistake."
     return trace_from_states(record, record.states(fps, repeats=repeats), reference_speech(record, fps), model='oracle', fps=fps)
 
-# %% ../nbs/10_trace.ipynb #010dc113
+# %% ../nbs/10_trace.ipynb #59662798
 def example_trace() -> Trace:
     "`example_record` as an imagined model would stream it: a late start, a wrong step, a redundant and a missing reply."
     record = example_record()
@@ -198,7 +198,7 @@ def example_trace() -> Trace:
     del speech[37]                                              # the question stays without an answer
     return _soften(trace_from_states(record, states, dict(sorted(speech.items())), model='imagined model'))
 
-# %% ../nbs/10_trace.ipynb #285fc1b6
+# %% ../nbs/10_trace.ipynb #546ee602
 def _soften(trace: Trace, seed: int=0) -> Trace:
     "The same decisions and states, with probabilities as a model gives them."
     noise = np.random.default_rng(seed).uniform(0, .08, (2, len(trace.frames)))

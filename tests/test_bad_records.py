@@ -46,6 +46,7 @@ NAN = float('nan')
     ('holoassist.json', ['events'], [], 'events', 'no steps'),
     ('holoassist.json', ['events', 0, 'end'], 4.9, 'events[0].end', 'ends before it starts'),
     ('holoassist.json', ['events', 0, 'start'], NAN, 'events[0].start', 'finite'),
+    ('holoassist.json', ['events', 1, 'start'], 1e10, 'events[1].start', 'less than or equal'),
     ('holoassist.json', ['events', 0, 'label'], 'Coarse', 'events[0].label', 'unknown label'),
     ('holoassist.json', ['events', 0, 'attributes', 'Action sentence'], ..., 'events[0].attributes.Action sentence', 'missing'),
     ('holoassist.json', ['events', 1, 'attributes', 'Transcription'], None, 'events[1].attributes.Transcription', 'string'),

@@ -25,7 +25,7 @@ def refused(path):
 
 def test_missing(tmp_path):
     assert 'no such video file' in refused(tmp_path/'missing.mp4')
-    assert 'no such video file' in refused(tmp_path)
+    assert 'say how many pictures a second it has' in refused(tmp_path)              # a folder of images
 
 
 @pytest.mark.parametrize('content', [b'', b'these are the minutes of the meeting\n'*50, b'{"video_uid": "tea"}', bytes(5000)])
