@@ -6,7 +6,7 @@
 __all__ = ['BACKWARDS', 'Seconds', 'RecordError', 'validate', 'parse_json', 'Step', 'Turn', 'VideoRecord', 'write_records',
            'TimestampToStateConverter']
 
-# %% ../nbs/01_annotation.ipynb #7e5f25d0
+# %% ../nbs/01_annotation.ipynb #bf884857
 import json, re, reprlib
 from collections import Counter, defaultdict
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from .config import InputError, atomic_write
 from .state import frame_of, frame_times, states_at, states_from_spans
 
-# %% ../nbs/01_annotation.ipynb #0349134f
+# %% ../nbs/01_annotation.ipynb #08b9c8c9
 class RecordError(InputError):
     "An annotation is wrong; the message is one line with all that is known of the place."
     def __init__(
@@ -34,6 +34,10 @@ class RecordError(InputError):
     def __reduce__(self):                # an exception with several arguments cannot be sent between processes otherwise
         return RecordError, (self.file, self.why, self.record, self.field, self.value, self.kind, self.warning)
 
+    def at(self, record: str) -> 'RecordError':
+        "The same error of a record that is known by another name."
+        return RecordError(self.file, self.why, record, self.field, self.value, self.kind, self.warning)
+
     def to_dict(self) -> dict:
         "The error as JSON can hold it."
         return dict(file=self.file, record=self.record, field=self.field, value=None if self.value is None else _short.repr(self.value),
@@ -46,7 +50,7 @@ def _one_line(text) -> str:
     "Text that any terminal can print: on one line, and without half characters."
     return ' '.join(str(text).encode('utf-8', 'backslashreplace').decode().split())
 
-# %% ../nbs/01_annotation.ipynb #4f41b21f
+# %% ../nbs/01_annotation.ipynb #a9e5858a
 def validate(model, data, file, record: str = '', at: str = ''):
     "`data`, which stands at `at` in the record, as a `model`; a `RecordError` names the first thing wrong with it."
     try: return model.model_validate(data)
@@ -60,7 +64,7 @@ def validate(model, data, file, record: str = '', at: str = ''):
 
 BACKWARDS = 'ends before it starts'
 
-# %% ../nbs/01_annotation.ipynb #4661e64d
+# %% ../nbs/01_annotation.ipynb #73d67d7a
 def parse_json(text: str, file, record: str = ''):
     "The value in `text`; raises `RecordError`."
     try:
@@ -81,7 +85,7 @@ def _object(pairs: list[tuple]) -> dict:
         raise ValueError(f'the key {twice[:80]!r} occurs twice')
     return found
 
-# %% ../nbs/01_annotation.ipynb #4c7c383c
+# %% ../nbs/01_annotation.ipynb #31864356
 class _Model(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
@@ -106,7 +110,7 @@ class Turn(_Model):
     time: Seconds                       # on the video's clock
     content: str = Field(min_length=1)
 
-# %% ../nbs/01_annotation.ipynb #847df11e
+# %% ../nbs/01_annotation.ipynb #21f75da0
 class VideoRecord(_Model):
     "One annotated video; all times are seconds on its own clock."
     video_uid: str = Field(min_length=1)
@@ -164,13 +168,13 @@ class VideoRecord(_Model):
             if turn.role != 'system': turns[frame_of(turn.time, fps)].append(turn)
         return {frame: said for frame, said in turns.items() if frame < self.num_frames(fps)}
 
-# %% ../nbs/01_annotation.ipynb #284fdf8a
+# %% ../nbs/01_annotation.ipynb #99512a80
 def write_records(records, path):
     "Write records as JSONL, whole or not at all."
     with atomic_write(path) as f:
         for r in records: f.write(r.to_json() + '\n')
 
-# %% ../nbs/01_annotation.ipynb #1cbc84ef
+# %% ../nbs/01_annotation.ipynb #664ad25f
 class TimestampToStateConverter:
     "States from `{name: {'timestamps': [first, …, last]}}`, or from a list of `Step`."
     def __init__(self, steps: dict | list[Step], repeats: str = 'merge'):

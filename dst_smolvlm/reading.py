@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'SUFFIXES', 'LONGEST_LINE', 'POLICIES', 'NO_STEPS', 'Entry
            'json_lines', 'companion', 'values_of', 'overruns', 'clip_record', 'playing_time', 'video_lengths',
            'read_entries']
 
-# %% ../nbs/01_reading.ipynb #4b010cb9
+# %% ../nbs/01_reading.ipynb #5589ca45
 import csv, io, os, posixpath, zipfile, zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from .formats import DST_FORMATS, Format, Lines, Source, Table, find_format, rea
 from .formats_proassist import PROASSIST_FORMATS
 from .formats_public import COMPANIONS, PUBLIC_FORMATS
 
-# %% ../nbs/01_reading.ipynb #5f0efe01
+# %% ../nbs/01_reading.ipynb #40625239
 FORMATS = (*DST_FORMATS, *PROASSIST_FORMATS, *PUBLIC_FORMATS)
 SUFFIXES = ('.json', '.jsonl', '.tsv', '.csv', '.txt')
 LONGEST_LINE = 2**26     # bytes; a longer line of JSONL is no record
@@ -33,7 +33,7 @@ class Entry:
     record: VideoRecord | None = None
     problems: list[RecordError] = field(default_factory=list)
 
-# %% ../nbs/01_reading.ipynb #b7dae422
+# %% ../nbs/01_reading.ipynb #3b32c5c6
 @dataclass
 class File:
     "A file that can be opened for reading, on disk or in an archive."
@@ -62,7 +62,7 @@ def _beside(path: Path) -> Callable[[str], str | None]:
         return read_text(lambda: other.open('rb'), other) if other.is_file() else None
     return read
 
-# %% ../nbs/01_reading.ipynb #9c42d826
+# %% ../nbs/01_reading.ipynb #9d235df9
 def _members(path: Path) -> Iterator[File]:
     "The annotation files of a zip archive."
     def opener(name: str) -> Callable: return lambda: archive.open(name)
@@ -79,7 +79,7 @@ def _members(path: Path) -> Iterator[File]:
     for name in sorted(names):
         if name.lower().endswith(SUFFIXES): yield File(f'{path}/{name}', opener(name), beside(name), named=False)
 
-# %% ../nbs/01_reading.ipynb #f83c3053
+# %% ../nbs/01_reading.ipynb #630a3df7
 def read_text(open_file: Callable, name) -> str:
     "All of a file as text; raises `RecordError`."
     try:
@@ -88,10 +88,10 @@ def read_text(open_file: Callable, name) -> str:
     except (UnicodeDecodeError, *_UNREADABLE) as e:
         raise RecordError(name, f'not a readable text file ({e})', kind='not readable') from None
 
-# %% ../nbs/01_reading.ipynb #b96db8de
+# %% ../nbs/01_reading.ipynb #fd38f938
 _UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)   # the last: an archive's methods, passwords
 
-# %% ../nbs/01_reading.ipynb #0d0ca46c
+# %% ../nbs/01_reading.ipynb #03d220b3
 def json_lines(file: File) -> Iterator[tuple[str, bytes | RecordError]]:
     "(`line n`, its bytes) for every line of JSONL that is not blank."
     try:
@@ -107,7 +107,7 @@ def json_lines(file: File) -> Iterator[tuple[str, bytes | RecordError]]:
     except _UNREADABLE as e:
         raise RecordError(file.name, f'not readable ({e})', kind='not readable') from None
 
-# %% ../nbs/01_reading.ipynb #d196d85d
+# %% ../nbs/01_reading.ipynb #07508a3c
 def _tabular(text: str, file: str) -> Table | Lines:
     "What a .tsv, .csv or .txt holds."
     first = text.split('\n', 1)[0]
@@ -125,7 +125,7 @@ def companion(data) -> str:
     "The name of what belongs to annotations without being one; else empty."
     return next((name for name, holds in COMPANIONS.items() if holds(data)), '')
 
-# %% ../nbs/01_reading.ipynb #33a3d5c1
+# %% ../nbs/01_reading.ipynb #8e53d69e
 def values_of(file: File) -> Iterator[tuple[str, object]]:
     "(place, value) of everything that a file holds; a `RecordError` stands in for what could not be parsed."
     if file.suffix == '.jsonl':
@@ -137,7 +137,7 @@ def values_of(file: File) -> Iterator[tuple[str, object]]:
     elif file.suffix in ('.tsv', '.csv', '.txt'): yield '', _tabular(read_text(file.open, file.name), file.name)
     else: yield '', parse_json(read_text(file.open, file.name), file.name)
 
-# %% ../nbs/01_reading.ipynb #e4f7526f
+# %% ../nbs/01_reading.ipynb #32121a3e
 POLICIES = ('strict', 'skip', 'clip')
 
 def overruns(record: VideoRecord, seconds: float) -> Iterator[tuple[str, float]]:
@@ -157,7 +157,7 @@ def clip_record(record: VideoRecord, seconds: float) -> VideoRecord:
     turns = [t for t in record.turns if t.time <= end]
     return record.model_copy(update=dict(duration=min(record.duration, seconds), steps=steps, turns=turns))
 
-# %% ../nbs/01_reading.ipynb #6638d6b5
+# %% ../nbs/01_reading.ipynb #ab6f3370
 def playing_time(path) -> float:
     "Seconds of a video file, as its header has them; raises `RecordError`."
     if not Path(path).is_file(): raise RecordError(path, 'no such video file', kind='no video')
@@ -177,7 +177,7 @@ def video_lengths(folder) -> dict[str, float]:
     if not found: raise RecordError(folder, 'a folder without videos', kind='no video')
     return found
 
-# %% ../nbs/01_reading.ipynb #91c17f0a
+# %% ../nbs/01_reading.ipynb #12f3dca4
 def _unknown(file: File, data) -> RecordError:
     fields = f' with the fields {", ".join(map(str, list(data)[:5]))}' if isinstance(data, dict) else ''
     return RecordError(file.name, f'no annotation of a known format{fields} (01_records lists them)', kind='unknown format',
@@ -193,13 +193,12 @@ def _entries_of(data, place: str, file: File, source: Source) -> Iterator[Entry]
         entry = Entry(file.name, fmt.name)
         try: entry.record = fmt.read(part, source)
         except RecordError as e: entry.problems.append(e)
-        if place:                                                        # lines are found by their number, not by a name within them
-            for e in entry.problems: e.record = place
         entry.problems += source.warnings
         source.warnings = []
+        if place: entry.problems = [e.at(place) for e in entry.problems]     # a line is found by its number, not by a name within it
         yield entry
 
-# %% ../nbs/01_reading.ipynb #c9f80f9f
+# %% ../nbs/01_reading.ipynb #ea29791a
 def read_entries(
     paths,                    # a file, a folder, a zip archive, or a list of these
     level: str = 'step',      # of `LEVELS`, where a format has several
@@ -220,7 +219,7 @@ def read_entries(
                     for entry in _entries_of(data, place, file, source): yield _examine(entry, place, seen, lengths, policy, look)
             except RecordError as e: yield Entry(file.name, 'unknown', problems=[e])
 
-# %% ../nbs/01_reading.ipynb #7ad18905
+# %% ../nbs/01_reading.ipynb #0a24151b
 def _examine(entry: Entry, place: str, seen: dict, lengths: dict, policy: str, look: bool) -> Entry:
     "The entry with what can only be said of a finished record; its record is gone if that is an error."
     record = entry.record

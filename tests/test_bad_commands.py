@@ -43,6 +43,8 @@ def folder(tmp_path_factory):
     (folder/'records').mkdir()
     (folder/'records'/'good.jsonl').write_text(json.dumps(RECORD))
     (folder/'records'/'spoilt.jsonl').write_text(json.dumps(RECORD | {'video_uid': 'spoilt', 'steps': None}))
+    speech = {'steps': [], 'turns': [{'role': 'user', 'time': 1., 'content': 'What now?'}]}
+    (folder/'speech.jsonl').write_text(json.dumps(RECORD | speech))
     (folder/'nothing').mkdir()
     return folder
 
@@ -137,6 +139,9 @@ def test_a_folder_that_is_no_checkpoint(refused, monkeypatch, checkpoint, words)
     (['data=records', 'data.path=nowhere.jsonl'], ['nowhere.jsonl', 'no such file']),
     (['data=records', 'data.path=records'], ['records/spoilt.jsonl', 'line 1', 'steps']),
     (['data=records', 'data.path=records/good.jsonl'], ['good.jsonl', 'tea', 'video', 'missing']),
+    (['data=records', 'data.source=replay', 'data.path=speech.jsonl'], ['speech.jsonl', 'tea', 'steps', 'dst_smolvlm.records join']),
+    (['data=records', 'data.source=replay', 'data.path=records/good.jsonl', 'data.policy=cut'], ['policy=cut', 'strict, skip, clip']),
+    (['data=records', 'data.source=replay', 'data.path=records/good.jsonl', 'data.level=part'], ['level=part', 'substep']),
     (['data=holoassist', 'data.path=nowhere'], ['nowhere', 'no such file']),
     (['data=holoassist', 'data.path=nothing'], ['nothing', 'holds no annotation']),
     (['data=dst_sample', 'data.path=steps.json'], ['steps.json', 'known format']),
