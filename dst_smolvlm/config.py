@@ -6,7 +6,7 @@
 __all__ = ['InputError', 'run_cli', 'conf_dir', 'compose_config', 'parse_cli', 'atomic_write', 'safe_name', 'save_config',
            'environment']
 
-# %% ../nbs/00_config.ipynb #7a67f2c6
+# %% ../nbs/00_config.ipynb #682bd1a3
 import difflib, functools, hashlib, os, platform, re, sys
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,16 +18,22 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# %% ../nbs/00_config.ipynb #ab582a7e
+# %% ../nbs/00_config.ipynb #ea7b51eb
 class InputError(ValueError):
     "Something the user gave is wrong; the message is one line that names it, says where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #fe9f6958
+# %% ../nbs/00_config.ipynb #a13034ce
 def run_cli(main):
     "Decorate a `main(argv=None)`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."
     @functools.wraps(main)
     def wrapper(argv=None):
-        try: return main(sys.argv[1:] if argv is None else list(argv))
+        try:
+            result = main(sys.argv[1:] if argv is None else list(argv))
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:  # `… | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         except InputError as e:
             print('error: ' + ' '.join(str(e).split()), file=sys.stderr)
             raise SystemExit(2) from None
@@ -39,7 +45,7 @@ def run_cli(main):
             raise SystemExit(130) from None
     return wrapper
 
-# %% ../nbs/00_config.ipynb #dc648191
+# %% ../nbs/00_config.ipynb #cc10169e
 def conf_dir() -> Path:
     "The folder of YAML groups inside the installed package."
     import dst_smolvlm
@@ -53,7 +59,7 @@ def _known_keys(cfg, prefix='') -> list[str]:
         if isinstance(cfg._get_node(key), DictConfig): keys += _known_keys(cfg[key], f'{prefix}{key}.')
     return keys
 
-# %% ../nbs/00_config.ipynb #cd5e5942
+# %% ../nbs/00_config.ipynb #29fbef6c
 def _explain(override: str, error: Exception, default: DictConfig) -> str:
     "One line that says what is wrong with `override`."
     key, _, value = override.lstrip('+~').partition('=')
@@ -68,7 +74,7 @@ def _explain(override: str, error: Exception, default: DictConfig) -> str:
         return f"{override}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else '; --cfg prints every key')
     return f"{override}: {' '.join(str(error).split())[:200]}"
 
-# %% ../nbs/00_config.ipynb #c4adb515
+# %% ../nbs/00_config.ipynb #94a8613a
 def _check_numbers(cfg, default, prefix=''):
     "Refuse text where the default is a number."
     for key, value in cfg.items():
@@ -77,7 +83,7 @@ def _check_numbers(cfg, default, prefix=''):
         elif isinstance(known, (int, float)) and isinstance(value, str):
             raise InputError(f'{prefix}{key}={value}: must be a number, for example {known}')
 
-# %% ../nbs/00_config.ipynb #1bdf2948
+# %% ../nbs/00_config.ipynb #60c742ee
 def compose_config(overrides=()) -> DictConfig:
     "The resolved configuration for dotted `overrides` such as `['data=toy', 'train.seed=1']`; raises `InputError`."
     def build(overrides):
@@ -97,7 +103,7 @@ def compose_config(overrides=()) -> DictConfig:
                 raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
         raise InputError(' '.join(str(e).split())) from None
 
-# %% ../nbs/00_config.ipynb #bbd816bf
+# %% ../nbs/00_config.ipynb #fb281b51
 def parse_cli(argv, usage:str='') -> DictConfig:
     "Overrides in `argv` → configuration. `--cfg` prints it and leaves with status 0; `--help` prints `usage`."
     argv = list(argv)
@@ -108,33 +114,37 @@ def parse_cli(argv, usage:str='') -> DictConfig:
     if '--cfg' in argv: print(OmegaConf.to_yaml(cfg), end=''); raise SystemExit(0)
     return cfg
 
-# %% ../nbs/00_config.ipynb #76531208
+# %% ../nbs/00_config.ipynb #dc31730c
 @contextmanager
 def atomic_write(path, mode:str='w'):
     "Open a temporary file that takes the name `path` only when the block ends without an error."
-    path = Path(path)
+    path, encoding = Path(path), None if 'b' in mode else 'utf-8'
+    if path.is_dir(): raise InputError(f'{path}: is a folder; name a file')
+    if path.exists() and not path.is_file():
+        with open(path, mode, encoding=encoding) as f: yield f
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with open(tmp, mode, encoding=None if 'b' in mode else 'utf-8') as f: yield f
+        with open(tmp, mode, encoding=encoding) as f: yield f
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #6592fa7c
+# %% ../nbs/00_config.ipynb #4f75c38d
 def safe_name(name: str) -> str:
     "`name` if any file may be called so, else the readable part of it with its hash; different names stay different."
     if re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,119}', name): return name
     digest = hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
     return re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:80].strip('._') + f'-{digest}'
 
-# %% ../nbs/00_config.ipynb #60a817b5
+# %% ../nbs/00_config.ipynb #9e9ebc88
 def save_config(cfg: DictConfig, folder) -> Path:
     "Write the resolved configuration as `folder/config.yaml` and return its path."
     path = Path(folder)/'config.yaml'
     with atomic_write(path) as f: f.write(OmegaConf.to_yaml(cfg))
     return path
 
-# %% ../nbs/00_config.ipynb #7dfa09ce
+# %% ../nbs/00_config.ipynb #88b784cd
 def environment() -> dict:
     "What a result was made with: `hardware`, `python` and the `versions` of the packages that compute."
     return dict(hardware=f'{platform.machine()}, {os.cpu_count()} cores', python=platform.python_version(),

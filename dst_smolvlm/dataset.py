@@ -6,7 +6,7 @@
 __all__ = ['VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'load_glimpse_scenes', 'corrupt_told', 'DSTStreamDataset',
            'pad_stack', 'StreamCollator']
 
-# %% ../nbs/08_dataset.ipynb #8c056aec
+# %% ../nbs/08_dataset.ipynb #dc1b70fe
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .state import frame_of
 from .video import frames_to_pixels, iter_frames, video_length
 from .world import SPLITS, WorldConfig, make_scene, make_world, replay
 
-# %% ../nbs/08_dataset.ipynb #1aa3aeb9
+# %% ../nbs/08_dataset.ipynb #5de4b211
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -45,7 +45,7 @@ class VideoScene:
         return f'{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #5800e14f
+# %% ../nbs/08_dataset.ipynb #8ec68f78
 @dataclass
 class ToyScenes:
     "The first `length` scenes of a split of the toy world."
@@ -58,7 +58,7 @@ class ToyScenes:
         if not -self.length <= i < self.length: raise IndexError(f'scene {i} of {self.length}')
         return make_scene(i % self.length, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #b3a141ca
+# %% ../nbs/08_dataset.ipynb #358ad975
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal videos to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     order = lambda uid: hashlib.sha256(uid.encode()).hexdigest()
@@ -69,7 +69,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     split = {uid: 'validation' if i < n_val else 'test' if i < n_val + n_test else 'train' for i, uid in enumerate(videos)}
     return {name: [r for r in ranked if split[r.video_uid] == name] for name in ('validation', 'test', 'train')}
 
-# %% ../nbs/08_dataset.ipynb #9b123e6b
+# %% ../nbs/08_dataset.ipynb #cca0428e
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -83,13 +83,13 @@ def load_scenes(cfg, split:str) -> Sequence:
     if cfg.source == 'replay': return [replay(r, world) for r in records]
     return [VideoScene(r, Path(r.video)) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #e1321bf1
+# %% ../nbs/08_dataset.ipynb #8b341b0b
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from, if in the toy world `cfg.glimpse_world` makes them differ; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'glimpse_world'))
 
-# %% ../nbs/08_dataset.ipynb #42613564
+# %% ../nbs/08_dataset.ipynb #b0774176
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -111,7 +111,7 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #fb2fd6bf
+# %% ../nbs/08_dataset.ipynb #40a3d817
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(
@@ -184,14 +184,14 @@ class DSTStreamDataset(Dataset):
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #3c6e2a72
+# %% ../nbs/08_dataset.ipynb #a7784f93
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #ed8110ec
+# %% ../nbs/08_dataset.ipynb #4b3cc5ec
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels of all frames are put one after another, in reading order."

@@ -6,7 +6,7 @@
 __all__ = ['PROASSIST_FORMATS', 'Printed', 'parse_printed', 'read_printed', 'Generated', 'Annotations', 'Conversation',
            'read_generated', 'Prepared', 'FramesTurn', 'read_prepared', 'is_frame_counts']
 
-# %% ../nbs/01_formats_proassist.ipynb #12b881a9
+# %% ../nbs/01_formats_proassist.ipynb #fb92baed
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,11 +14,12 @@ from itertools import pairwise
 from pydantic import Field
 
 from .annotation import BACKWARDS, RecordError, VideoRecord, validate
-from .formats import Foreign, Format, Lines, Source, collect_steps, dialogue_of, event_times, has, items, name_of, or_list_of, read_turns
+from .formats import LEVELS, Foreign, Format, Lines, Source, Words, collect_steps, dialogue_of, event_times, has, items
+from .formats import name_of, or_list_of, read_turns
 from .state import frame_of
 
-# %% ../nbs/01_formats_proassist.ipynb #e6e4f1ac
-_TIMED = re.compile(r'^(?P<sub> *- *)?\[(?P<start>\d+(?:\.\d+)?)s?(?: *- *(?P<end>\d+(?:\.\d+)?)s?)?\] *(?P<text>.*\S)\s*$')
+# %% ../nbs/01_formats_proassist.ipynb #b81bc270
+_TIMED = re.compile(r'^(?P<sub> *- *)?\[(?P<start>\d+(?:\.\d+)?)(?P<unit>s?)(?: *- *(?P<end>\d+(?:\.\d+)?)s?)?\] *(?P<text>.*\S)\s*$')
 _SPOKEN = re.compile(r'^(?P<role>user|assistant|system) *: *"?(?P<words>.*?)"?(?: +\[[\w|, ]*\])?$', re.IGNORECASE)
 _AT_FRAME = re.compile(r'^(?P<frame>\d{1,9}) (?P<role>USER|ASSISTANT|SYSTEM): (?P<words>.*\S)')
 _HEADER = re.compile(r'^(?P<number>\d{1,9}) (?:video: )?(?P<uid>\S*[a-zA-Z]\S*)$')
@@ -32,8 +33,16 @@ class Printed:
     occurrences: dict[str, list] = field(default_factory=lambda: dict(step=[], substep=[]))
     turns: list[dict] = field(default_factory=list)
     left_over: list[tuple[int, str]] = field(default_factory=list)    # lines that say neither
+    backwards: list[tuple[int, str]] = field(default_factory=list)    # steps that end before they start
 
-# %% ../nbs/01_formats_proassist.ipynb #d6125322
+    def report(self, source: Source, record: str, at: str = ''):
+        "Warn of the lines that were not read, and raise a `RecordError` for one that cannot be."
+        where = lambda n: f'{at} line {n}'.strip()
+        for n, line in self.backwards: raise RecordError(source.file, BACKWARDS, record, where(n), line, BACKWARDS)
+        for n, line in self.left_over:
+            source.warn('neither a time nor somebody speaking; left out', record, where(n), line, kind='line not read')
+
+# %% ../nbs/01_formats_proassist.ipynb #55724b7c
 def parse_printed(lines: list[str]) -> Printed:
     "Take the lines of a printed timeline apart."
     found = Printed()
@@ -42,7 +51,9 @@ def parse_printed(lines: list[str]) -> Printed:
         if m := _AT_FRAME.match(line): found.turns.append(dict(role=m['role'].lower(), time=int(m['frame'])/2, content=m['words']))
         elif m := _TIMED.match(line):
             start, speech = float(m['start']), _SPOKEN.match(m['text'])
-            if speech and not m['end']: found.turns.append(dict(role=speech['role'].lower(), time=start, content=speech['words'].strip()))
+            if not (speech or m['end'] or m['unit']): found.left_over.append((n, line))       # "[1] …" is a footnote
+            elif m['end'] and float(m['end']) < start: found.backwards.append((n, line))
+            elif speech and not m['end']: found.turns.append(dict(role=speech['role'].lower(), time=start, content=speech['words'].strip()))
             else:
                 name = _REMARK.sub('', m['text'])
                 found.occurrences['substep' if m['sub'] else 'step'].append((name.lower(), name, start, float(m['end'] or start)))
@@ -50,25 +61,24 @@ def parse_printed(lines: list[str]) -> Printed:
         else: found.left_over.append((n, line))
     return found
 
-# %% ../nbs/01_formats_proassist.ipynb #a2894d7b
+# %% ../nbs/01_formats_proassist.ipynb #d8035639
 def read_printed(text: Lines, source: Source) -> VideoRecord:
     "A printed timeline or dialogue."
     found = parse_printed(text.lines)
     uid = found.uid or source.stem
-    for n, line in found.left_over:
-        source.warn('neither a time nor somebody speaking; left out', uid, f'line {n}', line, kind='line not read')
+    found.report(source, uid)
     turns = read_turns(found.turns, source, uid, 'turn ')
     steps = collect_steps(found.occurrences.get(source.level, []), numbered=True)
     fields = dict(video_uid=uid, dataset='proassist', duration=source.duration(uid, event_times(steps, turns)), steps=steps, turns=turns,
                   dialogue=f'sample_{found.number}' if found.number and not steps else '')
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_proassist.ipynb #6ede3698
+# %% ../nbs/01_formats_proassist.ipynb #c036cc4e
 class Generated(Foreign):
     "A file of generated dialogues, or one item of a list of them."
     video_uid: str = Field(min_length=1)
-    goal: str = Field('', alias='inferred_goal')
-    knowledge: str = Field('', alias='inferred_knowledge')
+    goal: Words = Field('', alias='inferred_goal')
+    knowledge: Words = Field('', alias='inferred_knowledge')
     anns: dict | None = Field(None, alias='parsed_video_anns')
 
 class Annotations(Foreign):
@@ -82,7 +92,7 @@ class Conversation(Foreign):
     user_type: str = ''
     conversation: list
 
-# %% ../nbs/01_formats_proassist.ipynb #7e2d3482
+# %% ../nbs/01_formats_proassist.ipynb #b010bfe1
 def read_generated(part: tuple[dict, int], source: Source) -> VideoRecord:
     "Conversation number `part[1]` of a file of generated dialogues."
     data, i = part
@@ -93,7 +103,9 @@ def read_generated(part: tuple[dict, int], source: Source) -> VideoRecord:
     talk = validate(Conversation, data['conversations'][i], source.file, uid, at)
     anns = validate(Annotations, video.anns or {}, source.file, uid, 'parsed_video_anns')
     turns = read_turns(talk.conversation, source, uid, f'{at}.conversation')
-    steps = collect_steps(parse_printed((anns.text or '').split('\n')).occurrences.get(source.level, []), numbered=True)
+    printed = parse_printed((anns.text or '').split('\n'))
+    printed.report(source, uid, 'parsed_video_anns.all_step_descriptions')
+    steps = collect_steps(printed.occurrences.get(source.level, []), numbered=True)
     last = max([anns.duration, anns.start + anns.duration, *event_times(steps, turns)])
     fields = dict(video_uid=uid, dataset=anns.dataset, goal=video.goal, knowledge=video.knowledge, steps=steps, turns=turns,
                   duration=frame_of(last, 2)/2, dialogue=f'{talk.user_type}_{i}'.lstrip('_'))
@@ -104,23 +116,23 @@ def _conversations(data) -> list[tuple[dict, int]]:
     items = data if isinstance(data, list) else [data]
     return [(d, i) for d in items for i in range(len(d['conversations']) if has(d, conversations=list) else 1)]
 
-# %% ../nbs/01_formats_proassist.ipynb #e206f505
+# %% ../nbs/01_formats_proassist.ipynb #de9a6cf5
 class Prepared(Foreign):
     "A prepared conversation."
     video_uid: str = Field(min_length=1)
     dataset: str = 'proassist'
     fps: float = Field(2., gt=0, le=240)
     end_frame_idx: int = Field(gt=0, lt=2**31)
-    clip_idx: int = 0
+    clip_idx: int | None = None
     sample_idx: int | None = None
     conversation: list
-    metadata: dict = {}
+    metadata: dict | None = None
 
 class FramesTurn(Foreign):
     start: int = Field(ge=0)
     end: int
 
-# %% ../nbs/01_formats_proassist.ipynb #ca684441
+# %% ../nbs/01_formats_proassist.ipynb #815b0aea
 def read_prepared(data, source: Source) -> VideoRecord:
     "A prepared conversation."
     sample = validate(Prepared, data, source.file, uid := name_of(data, 'video_uid'))
@@ -133,7 +145,7 @@ def read_prepared(data, source: Source) -> VideoRecord:
             why = f'the frames before it end at {before.end}'
             source.warn(why, uid, f'conversation[{i}].start', after.start, kind='frames do not join')
     last = max([sample.end_frame_idx, *(frame_of(t.time, sample.fps) for t in turns)])
-    meta = sample.metadata
+    last, meta = min(last, sample.end_frame_idx + 2), sample.metadata or {}          # a turn far beyond the frames is no part of the video
     fields = dict(video_uid=uid, dataset=sample.dataset, fps=sample.fps, duration=last/sample.fps, steps=[], turns=turns,
                   goal=meta.get('task_goal') or '', knowledge=meta.get('knowledge') or _told(sample.conversation),
                   dialogue=dialogue_of(meta, sample.clip_idx) or (f'sample_{sample.sample_idx}' if sample.sample_idx is not None else ''))
@@ -144,19 +156,21 @@ def _told(conversation: list) -> str:
     words = [t['content'] for t in conversation if has(t, content=str) and t.get('role') == 'system']
     return next((w.partition(':')[2].strip() for w in words if w.startswith('Task knowledge:')), '')
 
-# %% ../nbs/01_formats_proassist.ipynb #aebe2946
+# %% ../nbs/01_formats_proassist.ipynb #9354070e
 def _is_generated(data) -> bool: return has(data, conversations=list) or has(data, reason_to_exclude=object) and len(data) == 1
 
 def _is_prepared(data) -> bool: return has(data, conversation=list) and not has(data, dst=object)
 
 def _is_printed(data) -> bool:
-    return isinstance(data, Lines) and any(_TIMED.match(line) or _AT_FRAME.match(line) for line in data.lines[:20])
+    if not isinstance(data, Lines): return False
+    found = parse_printed(data.lines[:20])
+    return bool(found.turns or found.backwards or any(found.occurrences.values()))
 
 def is_frame_counts(data) -> bool:
     "A list that says how many frames, at two a second, there are of each video: no annotation, but the length of its videos."
     return isinstance(data, list) and len(data) > 0 and has(data[0], video_uid=str, arrow_frames=int)
 
 PROASSIST_FORMATS = (
-    Format('generated dialogues', or_list_of(_is_generated), read_generated, _conversations),
-    Format('prepared conversations', or_list_of(_is_prepared), read_prepared, items),
-    Format('printed timeline', _is_printed, read_printed))
+    Format('generated dialogues', or_list_of(_is_generated), read_generated, _conversations, LEVELS[:2]),
+    Format('prepared conversations', or_list_of(_is_prepared), read_prepared, items, LEVELS),
+    Format('printed timeline', _is_printed, read_printed, levels=LEVELS[:2]))

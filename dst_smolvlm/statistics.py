@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINDOW', 'count_record', 'gaps', 'describe']
 
-# %% ../nbs/01_statistics.ipynb #ab333f0a
+# %% ../nbs/01_statistics.ipynb #6bb0bf0e
 from collections import Counter
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .annotation import VideoRecord
 from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, state_changes
 
-# %% ../nbs/01_statistics.ipynb #6867aa16
+# %% ../nbs/01_statistics.ipynb #9f52e041
 WINDOW = 64      # frames
 
 def count_record(record: VideoRecord, fps: float = 2.0) -> Counter:
@@ -29,34 +29,45 @@ def count_record(record: VideoRecord, fps: float = 2.0) -> Counter:
         changes=len(changes), several=sum(len(change) > 1 for change in changes.values()),
         turns=len(record.turns), speaks=sum(any(t.role == 'assistant' for t in turns) for turns in spoken),
         windows=len(windows), quiet=int((~windows.any(axis=1)).sum()),
-        repeats=any(len(o) > 1 for o in done), overlaps=_overlap(done), skipped=sum(not o for o in done), at_once=_at_once(states),
+        stepped=bool(done), repeats=any(len(o) > 1 for o in done), overlaps=_overlap(done), at_once=_at_once(states),
+        skipped=sum(not o for o in done), unfinished=_unfinished(states, done),
         **{f'cells_{s}': int((states == s).sum()) for s in (NOT_STARTED, IN_PROGRESS, COMPLETED)})
 
 def _overlap(done: list[list]) -> bool:
-    "Whether two occurrences, of one step or of two, share some time."
-    spans = sorted(o for step in done for o in step)
-    latest = np.maximum.accumulate([end for _, end in spans]) if spans else []
-    return any(end - start > .001 for (start, _), end in zip(spans[1:], latest))       # a millisecond is rounding
+    "Whether occurrences of two steps share some time."
+    spans = sorted((start, end, k) for k, step in enumerate(done) for start, end in step)
+    latest = {}                                                     # end of the latest occurrence so far of each step
+    for start, end, k in spans:
+        if any(other - start > .001 for step, other in latest.items() if step != k): return True       # a millisecond is rounding
+        latest[k] = max(end, latest.get(k, end))
+    return False
+
+def _unfinished(states, done: list[list]) -> int:
+    "How many steps that were done are not completed at any frame, because the video ends before they do."
+    return sum(bool(o) and not (states[:, k] == COMPLETED).any() for k, o in enumerate(done))
 
 def _at_once(states) -> int:
     "Whether two steps are in progress at some frame."
     return int(((states == IN_PROGRESS).sum(axis=1) > 1).any())
 
-# %% ../nbs/01_statistics.ipynb #962b5d0a
+# %% ../nbs/01_statistics.ipynb #523e375d
 def gaps(record: VideoRecord, fps: float = 2.0) -> list[float]:
     "Seconds between the frames at which some state changes."
     return (np.diff(list(state_changes(record.states(fps))))/fps).tolist()
 
-# %% ../nbs/01_statistics.ipynb #8659fd08
+# %% ../nbs/01_statistics.ipynb #6f759abc
 def describe(records: list[VideoRecord], fps: float = 2.0) -> dict[str, float]:
     "Shares over all records: of frames, windows, videos, steps or cells (frame × step); NaN where there are no steps, or no turns, at all."
     total = Counter()
     for record in records: total.update(count_record(record, fps))
-    total.update(stepped=total['frames'] if total['steps'] else 0, heard=total['frames'] if total['turns'] else 0)
+    total.update(heard=total['frames'] if total['turns'] else 0, timed=total['frames'] if total['steps'] else 0)
+    if not total['steps']: total['windows'] = 0
     share = lambda part, whole: total[part]/total[whole] if total[whole] else float('nan')
-    shares = dict(change_frames=('changes', 'stepped'), several_changes=('several', 'changes'), speaking_frames=('speaks', 'heard'),
-                  quiet_windows=('quiet', 'windows'), videos_repeating=('repeats', 'videos'), videos_overlapping=('overlaps', 'videos'),
-                  videos_several_in_progress=('at_once', 'videos'), steps_skipped=('skipped', 'steps'),
+    shares = dict(change_frames=('changes', 'timed'), several_changes=('several', 'changes'), speaking_frames=('speaks', 'heard'),
+                  quiet_windows=('quiet', 'windows'),
+                  videos_repeating=('repeats', 'stepped'), videos_overlapping=('overlaps', 'stepped'),
+                  videos_several_in_progress=('at_once', 'stepped'),
+                  steps_skipped=('skipped', 'steps'), steps_cut_off=('unfinished', 'steps'),
                   cells_not_started=('cells_0', 'cells'), cells_in_progress=('cells_1', 'cells'), cells_completed=('cells_2', 'cells'))
     return dict(videos=total['videos'], hours=total['frames']/fps/3600, steps_per_video=share('steps', 'videos')) \
         | {name: share(part, whole) for name, (part, whole) in shares.items()}

@@ -6,7 +6,7 @@
 __all__ = ['SHARES', 'LIMITS', 'SPLITS', 'QUESTIONS', 'WorldConfig', 'make_world', 'Scene', 'split_of', 'reply', 'make_scene',
            'in_hand', 'render_frame', 'render', 'replay', 'build_sample', 'main']
 
-# %% ../nbs/03_world.ipynb #b015d9eb
+# %% ../nbs/03_world.ipynb #07c32fda
 import hashlib, math
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .render import COLOURS, SHAPES, Held, Lying, Part, Passing, all_parts, draw
 from .state import agenda, frame_of, states_at
 from .video import write_video
 
-# %% ../nbs/03_world.ipynb #4acc025b
+# %% ../nbs/03_world.ipynb #72ae2403
 @dataclass(frozen=True)
 class WorldConfig:
     identity: str = 'both'         # what tells parts apart: 'colour', 'shape' or 'both'
@@ -74,14 +74,14 @@ LIMITS = dict.fromkeys(SHARES, (0, 1)) | dict(
     min_carry=(1, 10_000), max_carry=(1, 10_000), min_idle=(0, 100_000), max_idle=(0, 100_000), length=(0, 100_000), uses=(1, 3),
     distractors=(0, 8), part_size=(1, 64), jitter=(0, 64), light=(0, 1), fps=(.1, 60), image_size=(16, 1024))
 
-# %% ../nbs/03_world.ipynb #0cbc5b14
+# %% ../nbs/03_world.ipynb #faf91d6c
 def make_world(data, *changes:str) -> WorldConfig:
     "The world of the configuration group `data`, with what its entries `changes` (such as `train_world`) say instead, one after the other."
     fields = {k: v for part in ('world', *changes) for k, v in (data.get(part) or {}).items()}
     try: return WorldConfig(**fields)
     except TypeError as e: raise InputError(f"data.world: {str(e).removeprefix('WorldConfig.__init__() ')}") from None
 
-# %% ../nbs/03_world.ipynb #85370321
+# %% ../nbs/03_world.ipynb #c29b18e1
 @dataclass
 class Scene:
     record: VideoRecord
@@ -117,7 +117,7 @@ class Scene:
             for k in range(where[c[0]], where[c[1]]): carried[k] += (c,)
         return times, carried
 
-# %% ../nbs/03_world.ipynb #f7f77c18
+# %% ../nbs/03_world.ipynb #c5bc453a
 SPLITS = ('train', 'validation', 'test')
 
 def split_of(parts) -> str:
@@ -125,7 +125,7 @@ def split_of(parts) -> str:
     digest = hashlib.sha256(','.join(sorted(map(str, parts))).encode()).digest()[0]
     return SPLITS[0] if digest % 10 < 8 else SPLITS[1] if digest % 10 == 8 else SPLITS[2]
 
-# %% ../nbs/03_world.ipynb #9d594bef
+# %% ../nbs/03_world.ipynb #23080742
 def _plan(parts, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
     "Frames of every step (`parts` in the order in which they are taken), of wrong picks and of questions, and the number of frames."
     spans, wrong, asked, t, overlaps = [], [], [], int(rng.integers(cfg.min_idle, cfg.max_idle + 1)), False
@@ -142,7 +142,7 @@ def _plan(parts, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
         t += idle
     return spans, wrong, asked, max(t + cfg.min_idle, *(end + 1 for _, end in spans))     # the last completion is seen
 
-# %% ../nbs/03_world.ipynb #0f9e7b2c
+# %% ../nbs/03_world.ipynb #b665ccb2
 def _pauses(busy, n:int) -> list[tuple[int, int]]:
     "The runs (first frame, frame after the last) of the `n` frames that lie in none of the spans `busy`."
     free = np.ones(n + 2, bool)
@@ -158,7 +158,7 @@ def _draw_out(busy, n:int, length:int, rng):
     added = np.cumsum([0, *rng.multinomial(length - n, rng.dirichlet(np.ones(len(pauses))))])
     return lambda frame: frame + int(added[np.searchsorted(middle, frame)])
 
-# %% ../nbs/03_world.ipynb #dc7d8599
+# %% ../nbs/03_world.ipynb #db6e3643
 QUESTIONS = ('What should I do now?', 'Which step is it?', 'What comes now?')
 
 _agenda = lru_cache(4096)(agenda)               # the same few states occur in scene after scene
@@ -169,7 +169,7 @@ def reply(kind:str, state, names) -> str:
     what = 'All steps are done.' if k is None else f'{when.capitalize()}, {names[k]}.'
     return {'start': 'Hello. ', 'completed': 'Well done. ', 'mistake': 'Wrong part. ', 'question': ''}[kind] + what
 
-# %% ../nbs/03_world.ipynb #c1457746
+# %% ../nbs/03_world.ipynb #fae993ce
 def _compose(pool, split, cfg:WorldConfig, rng) -> tuple[list[Part], list[Part]]:
     "Parts of the steps of a video, a composition that belongs to `split`, and the parts that are left for mistakes."
     most = min(cfg.max_steps, (len(pool) - 1)*cfg.uses)
@@ -184,7 +184,7 @@ def _compose(pool, split, cfg:WorldConfig, rng) -> tuple[list[Part], list[Part]]
         if split_of(order[:m]) == split: return [order[k % m] for k in range(n)], order[m:]
     raise InputError(f'data.world: its {len(pool)} parts make too few compositions, none of them for {split}; use more colours or shapes')
 
-# %% ../nbs/03_world.ipynb #8e589038
+# %% ../nbs/03_world.ipynb #029bd587
 def _come_back(drawn, order, boxes) -> tuple[list[int], list[int]]:
     "Order and boxes in which the steps of one part follow each other as they are listed, each with another box."
     order, boxes = list(order), list(boxes)
@@ -195,7 +195,7 @@ def _come_back(drawn, order, boxes) -> tuple[list[int], list[int]]:
         for k in steps[1:]: boxes[k] = (boxes[steps[0]] + steps.index(k) - 1) % 3 + 1
     return order, boxes
 
-# %% ../nbs/03_world.ipynb #ed6c8f05
+# %% ../nbs/03_world.ipynb #b781c96c
 def _distract(scene:Scene, others:list[Part]) -> Scene:
     "The scene with its lying, passing and hidden parts; `others` belong to no step."
     cfg, fps, passing = scene.config, scene.record.fps, []
@@ -215,7 +215,7 @@ def _distract(scene:Scene, others:list[Part]) -> Scene:
     hidden = (draw(3).random(len(scene.parts) + len(scene.wrong)) < cfg.hidden).tolist() if cfg.hidden else []
     return replace(scene, lying=tuple(lying), passing=tuple(passing), hidden=tuple(hidden))
 
-# %% ../nbs/03_world.ipynb #9872d241
+# %% ../nbs/03_world.ipynb #44fa4f9e
 def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed:int=0) -> Scene:
     "Scene number `index` of a split."
     if split not in SPLITS: raise InputError(f"split={split}: choose one of {', '.join(SPLITS)}")
@@ -243,7 +243,7 @@ def make_scene(index:int, split:str='train', cfg:WorldConfig=WorldConfig(), seed
     record.turns.extend(_speak(record, sorted(events), rng))
     return _distract(Scene(record, drawn, boxes, picks, seed=int(rng.integers(2**31)), config=cfg), others)
 
-# %% ../nbs/03_world.ipynb #edde3302
+# %% ../nbs/03_world.ipynb #178783ef
 def _speak(record:VideoRecord, events, rng) -> list[Turn]:
     "Turns for `events` [(frame, kind)], from the true states."
     times, names, turns = [frame/record.fps for frame, _ in events], [s.name for s in record.steps], []
@@ -252,7 +252,7 @@ def _speak(record:VideoRecord, events, rng) -> list[Turn]:
         turns.append(Turn(role='assistant', time=t, content=reply(kind, state, names)))
     return turns
 
-# %% ../nbs/03_world.ipynb #bb3a43d6
+# %% ../nbs/03_world.ipynb #a8f057e3
 def in_hand(scene:Scene, t:float) -> list[Held]:
     "Everything that is carried at `t` seconds: of the steps in their order, then of the wrong picks."
     times, carried = scene.timeline
@@ -263,7 +263,7 @@ def in_hand(scene:Scene, t:float) -> list[Held]:
         held.append(Held(part, share, box or 1, seen))
     return held
 
-# %% ../nbs/03_world.ipynb #b560584b
+# %% ../nbs/03_world.ipynb #050fb686
 def render_frame(scene:Scene, i:int) -> np.ndarray:
     "Frame `i` as uint8 [H, W, 3]; it needs no other frame."
     t = i/scene.record.fps
@@ -271,7 +271,7 @@ def render_frame(scene:Scene, i:int) -> np.ndarray:
     passing = tuple(p for p in scene.passing[max(k - 1, 0):k] if t < p.end)
     return draw_frame(scene.seed, i, t, scene.config, in_hand(scene, t), scene.lying, passing)
 
-# %% ../nbs/03_world.ipynb #343be671
+# %% ../nbs/03_world.ipynb #8eef6266
 def render(scene:Scene, start:int=0, stop:int|None=None) -> np.ndarray:
     "Frames `start` to `stop` (all by default) as uint8 [T, H, W, 3]."
     stop, size = scene.record.num_frames() if stop is None else stop, scene.config.image_size
@@ -279,7 +279,7 @@ def render(scene:Scene, start:int=0, stop:int|None=None) -> np.ndarray:
     for k in range(len(frames)): frames[k] = render_frame(scene, start + k)
     return frames
 
-# %% ../nbs/03_world.ipynb #2bc4721e
+# %% ../nbs/03_world.ipynb #0af952d8
 def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     "A scene that draws the timeline of `record` with the look of `cfg`; the names of its steps tell the part that stands for each."
     seed = int.from_bytes(hashlib.sha256(record.video_uid.encode()).digest()[:4], 'big')
@@ -292,7 +292,7 @@ def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
                   config=replace(cfg, fps=record.fps))
     return _distract(scene, [p for p in pool if p not in parts])
 
-# %% ../nbs/03_world.ipynb #9ae37be5
+# %% ../nbs/03_world.ipynb #368410b3
 def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> list[VideoRecord]:
     "Write `n` short test videos as mp4 and their records as `toy.jsonl` into the folder `out`."
     out, records = Path(out), []
@@ -304,7 +304,7 @@ def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> lis
     write_records(records, out/'toy.jsonl')
     return records
 
-# %% ../nbs/03_world.ipynb #0b9d41dd
+# %% ../nbs/03_world.ipynb #85fb4c95
 @run_cli
 def main(argv=None):
     "The command: `sample --out FOLDER` writes eight short test videos and their records."
@@ -314,5 +314,5 @@ def main(argv=None):
     records = build_sample(argv[2])
     print(f'{len(records)} videos and toy.jsonl in {argv[2]}')
 
-# %% ../nbs/03_world.ipynb #90042d3a
+# %% ../nbs/03_world.ipynb #c9894efa
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -1,11 +1,12 @@
 """Whatever is wrong with an annotation, the reader says so in one line with file, record and field, and raises nothing but RecordError."""
-import json
+import json, os, zipfile
 
 import pytest
-from seeds import DST, HOLOASSIST, NATIVE, OBJECTS
+from seeds import COARSE, COOKING, DST, EPIC, GOALSTEP, HOLOASSIST, NATIVE, OBJECTS, TABLE, seed_text
 from test_fuzz_records import put
 
 from dst_smolvlm.config import run_cli
+from dst_smolvlm.reading import read_entries
 from dst_smolvlm.records import RecordError, read_records
 
 KINDS = {'a.jsonl': NATIVE, 'dst.json': DST, 'holoassist.json': HOLOASSIST}
@@ -43,13 +44,14 @@ NAN = float('nan')
     ('dst.json', ['conversation', 2, 'time'], ..., 'conversation[2].time', 'missing'),
     ('dst.json', ['conversation', 2, 'role'], 'robot', 'conversation[2].role', "'user', 'assistant'"),
     ('dst.json', ['end_frame_idx'], 0, 'end_frame_idx', 'greater than 0'),
-    ('holoassist.json', ['events'], [], 'events', 'no steps'),
+    ('holoassist.json', ['events'], [], '', 'neither steps nor turns'),
     ('holoassist.json', ['events', 0, 'end'], 4.9, 'events[0].end', 'ends before it starts'),
     ('holoassist.json', ['events', 0, 'start'], NAN, 'events[0].start', 'finite'),
     ('holoassist.json', ['events', 1, 'start'], 1e10, 'events[1].start', 'less than or equal'),
     ('holoassist.json', ['events', 0, 'label'], 'Coarse', 'events[0].label', 'unknown label'),
     ('holoassist.json', ['events', 0, 'attributes', 'Action sentence'], ..., 'events[0].attributes.Action sentence', 'missing'),
     ('holoassist.json', ['events', 1, 'attributes', 'Transcription'], None, 'events[1].attributes.Transcription', 'string'),
+    ('holoassist.json', ['videoMetadata', 'duration'], {}, 'videoMetadata.duration.raw', 'missing'),
     ('holoassist.json', ['videoMetadata', 'duration', 'raw'], '62.5', 'videoMetadata.duration.raw', 'must be a time such as 0:01:02.5'),
     ('tree.json', ['dst', 'steps', 0, 'timestamps', 'end_ts'], .5, 'dst.steps[0].timestamps.end_ts', 'ends before it starts'),
     ('tree.json', ['dst', 'steps', 0, 'timestamps'], ..., 'dst.steps[0].timestamps.start_ts', 'missing'),
@@ -60,6 +62,7 @@ NAN = float('nan')
     ('cooking.json', ['9_2', 'steps', 0, 'end_time'], -3., 'steps[0].end_time', 'ends before it starts'),
     ('goalstep.json', ['videos', 0, 'segments', 1, 'step_category'], '', 'segments[1].step_category', 'at least 1 character'),
     ('coin.json', ['database', 'LtRSn', 'annotation', 0, 'segment', 1], 'soon', 'annotation[0].segment[1]', 'float'),
+    ('coin.json', ['database', 'LtRSn', 'annotation', 0, 'segment', 1], 50., 'annotation[0].segment', 'ends before it starts'),
     ('egoexo.json', [1, 'duration'], 61., '[1].duration', 'another length'),
 ])
 def test_one_wrong_field(tmp_path, name, path, value, field, why):
@@ -80,6 +83,8 @@ def test_broken_json_names_the_line(tmp_path):
     assert 'not JSON' in refused(tmp_path, 'dst.json', json.dumps(DST)[:-9]).why
     assert 'not JSON' in refused(tmp_path, 'deep.json', '['*200_000).why
     assert 'known format' in refused(tmp_path, 'list.json', '[1, 2]').why
+    assert 'must end in .jsonl' in refused(tmp_path, 'lines.json', f'{good}\n{good}').why
+    assert 'whole record' in refused(tmp_path, 'pretty.jsonl', json.dumps(NATIVE, indent=1)).why
     assert 'surrogates' in refused(tmp_path, 'half.json', '{"stir \\ud800": {"timestamps": [1]}}').why
     assert 'occurs twice' in refused(tmp_path, 'twice.json', '{"stir": {"timestamps": [1]}, "stir": {"timestamps": [2]}}').why
     assert 'no record' in refused(tmp_path, 'empty.jsonl', '\n').why
@@ -89,7 +94,6 @@ def test_broken_json_names_the_line(tmp_path):
 def test_files_that_are_not_there_or_not_text(tmp_path):
     (tmp_path/'picture.jsonl').write_bytes(b'\xff\xd8\xff\xe0')
     (tmp_path/'nothing').mkdir()
-    (tmp_path/'folder.json').mkdir()
     whys = {'gone.jsonl': 'no such file', 'picture.jsonl': 'not a readable text', 'nothing': 'holds no annotation'}
     for name, why in whys.items():
         with pytest.raises(RecordError, match=why): read_records(tmp_path/name)
@@ -109,3 +113,82 @@ def test_a_command_says_it_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped: run_cli(lambda argv: read_records(argv[0]))([str(tmp_path/'a.jsonl')])
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == '' and err.count('\n') == 1 and err.startswith('error: ') and 'steps' in err
+
+
+@pytest.mark.parametrize('name, text', [('a.jsonl', ''), ('a.json', '{"videos": []}'), ('a.json', '{"database": {}}'), ('a.json', '[]'),
+                                        ('a.json', '{"video_uid": "a", "conversations": []}'), ('a.csv', EPIC.split('\n')[0])])
+def test_a_file_without_records(tmp_path, name, text):
+    assert refused(tmp_path, name, text).kind in ('no records', 'unknown format', 'missing field', 'wrong value')
+
+
+@pytest.mark.parametrize('name, before, after, line, why', [
+    ('epic.csv', 'open door,open', '"open door,open', 'line 2', 'not a row of a table'),
+    ('epic.csv', 'open door,open', 'take knife, and plate,open', 'line 2', '11 fields, the header has 10'),
+    ('epic.csv', '00:00:03.37', '00:00:00.00', 'line 2.stop_timestamp', 'ends before it starts'),
+    ('epic.csv', ',narration,verb', '', 'line 2', 'test split'),
+    ('fine.csv', ',action_cls', '', 'line 2', 'test split'),
+    ('fine.csv', '84,111', '84,83', 'line 2.end_frame', 'ends before it starts'),
+    ('table.tsv', '53.6', 'soon', 'line 2.end_ts', 'number'),
+    ('coarse.txt', '\tattempt to screw chassis', '', 'line 1', 'test split'),
+    ('coarse.txt', '000007554\tattempt', '6000\tattempt', 'line 1', 'ends before it starts'),
+    ('printed.txt', '66.2s', '6.2s', 'line 2', 'ends before it starts'),
+])
+def test_one_wrong_line(tmp_path, name, before, after, line, why):
+    text = seed_text(name)
+    assert before in text
+    error = refused(tmp_path, name, text.replace(before, after, 1))
+    assert error.field == line and why in error.why
+
+
+def test_a_bad_row_spoils_only_its_video(tmp_path):
+    (tmp_path/'epic.csv').write_text(EPIC.replace('open door,open', '"open door,open'))
+    assert [bool(e.record) for e in read_entries(tmp_path/'epic.csv')] == [False, True]
+
+
+def test_a_bad_length_spoils_only_its_recording(tmp_path):
+    lengths = 'recording_id,environment_id,person_id,duration(min),duration(sec)\n9_2,5,3,0.67,40.2\n9_3,5,3,0.67,n/a\n'
+    (tmp_path/'annotation_json').mkdir()
+    (tmp_path/'metadata').mkdir()
+    (tmp_path/'metadata'/'video_information.csv').write_text(lengths)
+    for name in ('cooking.json', 'errors.json'): (tmp_path/'annotation_json'/name).write_text(seed_text(name))
+    good, bad = read_entries(tmp_path/'annotation_json')
+    assert good.record.duration == 40.2 and 'metadata/video_information.csv: line 3: duration(sec)' in str(bad.problems[0])
+
+
+def test_one_odd_video_path_spoils_nothing_else(tmp_path):
+    lines = [NATIVE | {'video_uid': str(i), 'video': video} for i, video in enumerate(('a.mp4', 'x'*300, 'a\x00b.mp4'))]
+    (tmp_path/'a.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    entries = list(read_entries(tmp_path/'a.jsonl', look=True))
+    assert [(bool(e.record), [p.kind for p in e.problems]) for e in entries] == [(True, ['no video'])]*3
+
+
+def test_what_several_formats_may_look_like(tmp_path):
+    "Nulls, a byte order mark, Windows' line ends, capitals, a list instead of one object."
+    texts = {'bom.jsonl': '\ufeff' + json.dumps(NATIVE) + '\r\n', 'null.json': json.dumps(DST | {'inferred_goal': None, 'clip_idx': None}),
+             'list.json': json.dumps([HOLOASSIST]), 'caps.tsv': TABLE.upper().replace('\n', '\r\n'), 'blank.txt': '\n' + COARSE,
+             'quoted.tsv': TABLE.replace('Attach interior and', '"Bus" and'), 'semi.json': json.dumps(GOALSTEP).replace('[]', 'null')}
+    for name, text in texts.items():
+        (tmp_path/name).write_text(text, newline='')
+        [record] = read_records(tmp_path/name)
+        assert record.steps, name
+
+
+def test_turns_that_no_frame_hears_are_reported(tmp_path):
+    turns = [{'role': 'user', 'time': t, 'content': 'Hm?'} for t in (-50., 0., 6.3)]
+    (tmp_path/'a.jsonl').write_text(json.dumps(NATIVE | {'turns': turns, 'duration': 6.2}))
+    [entry] = read_entries(tmp_path/'a.jsonl')
+    assert [(p.field, p.warning) for p in entry.problems] == [('turns[0].time', True), ('turns[2].time', True)] and entry.record
+
+
+def test_a_level_that_a_format_lacks(tmp_path):
+    (tmp_path/'a.json').write_text(json.dumps(COOKING))
+    [entry] = read_entries(tmp_path/'a.json', level='action')
+    assert entry.record is None and 'CaptainCook4D has no level action' in str(entry.problems[0])
+
+
+def test_pipes_and_huge_files_are_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path/'pipe.json')
+    with pytest.raises(RecordError, match='not a file'): read_records(tmp_path/'pipe.json')
+    monkeypatch.setattr('dst_smolvlm.reading.LARGEST_FILE', 1000)
+    with zipfile.ZipFile(tmp_path/'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('a.json', ' '*1_000_000)
+    with pytest.raises(RecordError, match='larger than'): read_records(tmp_path/'bomb.zip')

@@ -31,7 +31,7 @@ def test_states(source):
     for path in _golden('states*.json'):
         golden = json.loads(path.read_text(encoding='utf-8'))
         by_uid = {r.video_uid: r for r in records.read_records(_real(FOLDERS[source]))}
-        for expected in golden['sources'].get(source, []):
+        for expected in golden['sources'][source]:
             where, record = f"{path.name} {expected['video']}", by_uid[expected['video']]
             states = record.states(golden['fps'])
             changes = [[frame, [[s, int(states[frame, s])] for s in sorted({t.step for t in change})]]

@@ -8,7 +8,7 @@ import pytest
 from seeds import COARSE, NATIVE, PREPARED
 
 from dst_smolvlm.reading import read_entries
-from dst_smolvlm.records import main, read_records
+from dst_smolvlm.records import RecordError, main, read_records
 from dst_smolvlm.video import write_video
 
 REAL = Path(os.environ.get('DST_REAL', Path(__file__).resolve().parents[2]/'shared'/'real'))
@@ -47,7 +47,11 @@ def test_every_real_file_is_read():
 def test_the_levels_of_real_trees():
     step, inner = (list(read_entries(REAL/'ego4d_goalstep', level=level)) for level in ('step', 'substep'))
     assert sum(bool(e.record) for e in step) == 56
-    assert 0 < sum(bool(e.record) for e in inner) < 56 and {p.kind for e in inner for p in e.problems} == {'no steps'}
+    raw = [v['segments'] for v in json.loads(next((REAL/'ego4d_goalstep').glob('*.json')).read_text())['videos']]
+    lost = [sum(not s['segments'] for s in segments) for segments in raw]
+    told = [int(p.why.split()[0]) for e in inner for p in e.problems if p.kind == 'no such level']
+    assert sum(bool(e.record) for e in inner) == sum(n < len(s) for n, s in zip(lost, raw))
+    assert told == [n for n, segments in zip(lost, raw) if 0 < n < len(segments)] and sum(told) > 500
     timeline = REAL/'proassist_format'/'holoassist_R0027-12-GoPro_timeline.txt'
     assert len(read_records(timeline, level='substep')[0].steps) > len(read_records(timeline)[0].steps)
 
@@ -82,11 +86,18 @@ def test_the_length_of_a_video_file_counts(tmp_path, capsys):
     assert command('check', tmp_path/'a.jsonl', '--report', tmp_path/'r.json') == 1
     assert [(p['kind'], p['field'], p['severity']) for p in problems(tmp_path/'r.json')] == [
         ('past the video', 'duration', 'error'), ('no video', 'video', 'warning')]
+    assert command('convert', tmp_path/'a.jsonl', '--out', tmp_path/'b.jsonl') == 1 and not (tmp_path/'b.jsonl').exists()
+    assert command('convert', tmp_path/'a.jsonl', '--out', tmp_path/'b.jsonl', '--policy', 'skip') == 0
+    assert [r.video_uid for r in read_records(tmp_path/'b.jsonl')] == ['b']
     assert command('convert', tmp_path/'a.jsonl', '--policy', 'clip', '--out', tmp_path/'b.jsonl') == 0
     assert [r.duration for r in read_records(tmp_path/'b.jsonl')] == [4., 6.]
     (tmp_path/'tea.tsv').write_text('type\tid\tstart_ts\tend_ts\tname\nstep\tS1\t0\t3\tboil\n')
     assert command('convert', tmp_path/'tea.tsv', '--videos', tmp_path, '--out', tmp_path/'c.jsonl') == 0
     assert read_records(tmp_path/'c.jsonl')[0].duration == 4.                      # a table does not say it; the video does
+    (tmp_path/'lengths.json').write_text('{"tea": 5}')
+    both = '--videos', tmp_path, '--lengths', tmp_path/'lengths.json'
+    assert command('convert', tmp_path/'tea.tsv', *both, '--out', tmp_path/'c.jsonl') == 0
+    assert read_records(tmp_path/'c.jsonl')[0].duration == 5.                      # what the user says wins
 
 
 def test_words_and_steps_are_joined(tmp_path, capsys):
@@ -96,16 +107,20 @@ def test_words_and_steps_are_joined(tmp_path, capsys):
     (tmp_path/'others.txt').write_text(COARSE)
     steps = tmp_path/f"{uid.split('__')[0]}.txt"
     assert command('check', tmp_path/'words.jsonl') == 0 and 'join THIS --steps ANNOTATION' in capsys.readouterr().out
-    assert command('join', tmp_path/'words.jsonl', '--steps', steps, '--out', tmp_path/'out.jsonl') == 1
-    assert 'other.talk_some_1: no steps for this video' in capsys.readouterr().out
+    join = 'join', tmp_path/'words.jsonl', '--steps', steps, '--out', tmp_path/'out.jsonl'
+    assert command(*join) == 1 and not (tmp_path/'out.jsonl').exists()
+    assert f"{tmp_path/'words.jsonl'}: other.talk_some_1: no steps for this video" in capsys.readouterr().out
+    assert command(*join, '--policy', 'skip') == 0
     [record] = read_records(tmp_path/'out.jsonl')
     assert (record.video_uid, len(record.steps), len(record.turns)) == (uid, 2, 1)
     assert command('check', tmp_path/'out.jsonl') == 0
-    assert command('join', tmp_path/'words.jsonl', '--steps', tmp_path/'others.txt', '--out', tmp_path/'none.jsonl') == 2
-    assert not (tmp_path/'none.jsonl').exists() and 'no record' in capsys.readouterr().err
+    others = '--steps', tmp_path/'others.txt', '--out', tmp_path/'none.jsonl', '--policy', 'skip'
+    assert command('join', tmp_path/'words.jsonl', *others) == 1
+    assert not (tmp_path/'none.jsonl').exists() and 'no record' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"tea": "long"}', '{"tea": -1}', '{"tea": 1e9}'])
+@pytest.mark.parametrize('text', ['{', '[]', '{"tea": "long"}', '{"tea": -1}', '{"tea": 1e9}', '['*100_000,
+                                  '[{"video_uid": "a", "arrow_frames": 1' + '0'*400 + '}]'])
 def test_wrong_lengths(tmp_path, capsys, text):
     (tmp_path/'a.jsonl').write_text(json.dumps(NATIVE))
     (tmp_path/'lengths.json').write_text(text)
@@ -121,3 +136,50 @@ def test_an_interrupted_check_leaves_no_report(tmp_path, monkeypatch):
     monkeypatch.setattr('dst_smolvlm.records.read_entries', stopped)
     assert command('check', tmp_path/'a.jsonl', '--report', tmp_path/'report.json') == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.jsonl']
+
+
+def test_outputs_in_the_folder_that_is_read(tmp_path, capsys):
+    "A second run reads what the first one read, and the path of a video is right from wherever the records lie."
+    (tmp_path/'in').mkdir()
+    write_video(tmp_path/'in'/'tea.mp4', np.zeros((13, 48, 64, 3), np.uint8), fps=2)
+    (tmp_path/'in'/'a.jsonl').write_text(json.dumps(NATIVE | {'video': 'tea.mp4'}))
+    for _ in range(2):
+        assert command('convert', tmp_path/'in', '--out', tmp_path/'in'/'sub'/'all.jsonl', '--report', tmp_path/'in'/'report.json') == 0
+        assert [r.video for r in read_records(tmp_path/'in'/'sub')] == ['../tea.mp4']
+        assert command('check', tmp_path/'in'/'sub', '--report', tmp_path/'r.json') == 0 and problems(tmp_path/'r.json') == []
+    assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path/'x', '--report', tmp_path/'x') == 2
+    assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path) == 2 and 'is a folder' in capsys.readouterr().err
+
+
+def test_clipping_in_a_join_is_reported(tmp_path, capsys):
+    (tmp_path/'words.jsonl').write_text(json.dumps(PREPARED))
+    (tmp_path/'truck.tsv').write_text('type\tid\tstart_ts\tend_ts\tname\nstep\tS1\t0\t90\tboil\n')
+    (tmp_path/'lengths.json').write_text('{"truck": 12}')
+    files = 'words.jsonl', '--steps', 'truck.tsv', '--lengths', 'lengths.json', '--out', 'out.jsonl'
+    args = 'join', *(a if a.startswith('--') else tmp_path/a for a in files)
+    assert command(*args) == 1
+    assert command(*args, '--policy', 'clip', '--report', tmp_path/'r.json') == 0
+    assert {(p['kind'], p['severity']) for p in problems(tmp_path/'r.json')} == {('past the video', 'warning')}
+    [record] = read_records(tmp_path/'out.jsonl')
+    assert record.duration == 12. and record.steps[0].spans == [(0., 12.5)]
+    assert command('check', tmp_path/'words.jsonl', '--lengths', tmp_path/'lengths.json') == 0
+    (tmp_path/'lengths.json').write_text('{"car": 12}')
+    assert command('check', tmp_path/'words.jsonl', '--lengths', tmp_path/'lengths.json') == 0
+    assert 'none of the 1 lengths' in capsys.readouterr().out
+
+
+def test_two_shapes_of_one_recording(tmp_path):
+    "The same once more is left out with a warning; the same name with other content is an error."
+    from seeds import COOKING, COOKING_STEPS
+    (tmp_path/'a.json').write_text(json.dumps(COOKING))
+    (tmp_path/'b.json').write_text(json.dumps([{'recording_id': '9_2', 'is_error': False, 'step_annotations': COOKING_STEPS}]))
+    assert len(read_records(tmp_path)) == 1
+    (tmp_path/'b.json').write_text(json.dumps([{'recording_id': '9_2', 'is_error': False, 'step_annotations': COOKING_STEPS[:1]}]))
+    with pytest.raises(RecordError, match='the same name as in'): read_records(tmp_path)
+
+
+def test_a_mixed_file_is_one_file(tmp_path, capsys):
+    (tmp_path/'a.jsonl').write_text('\n'.join(map(json.dumps, (NATIVE, PREPARED, NATIVE | {'video_uid': 'b'}))))
+    assert command('check', tmp_path/'a.jsonl') == 0
+    rows = {line[:24].strip(): line.split()[-6:] for line in capsys.readouterr().out.split('\n') if line[:1].isalpha()}
+    assert rows['native'][:2] == ['1', '2'] and rows['prepared conversations'][:2] == ['1', '1'] and rows['all'][:2] == ['1', '3']
