@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'TellEpoch', 'DSTTrainer', 'check_ranks', 'same_run',
            'last_whole_checkpoint', 'move_aside', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #94cb1ed2
+# %% ../nbs/09_train.ipynb #c560b8d5
 import itertools, json, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,10 +21,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import InputError, atomic_write, parse_cli, run_cli, save_config
 from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load_scenes
-from .loss import PARTS, LossConfig, loss_counts, multitask_loss
+from .loss import PARTS, LossConfig, loss_counts, multitask_loss, weights_from_data
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #796e3f56
+# %% ../nbs/09_train.ipynb #61cabe67
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -41,7 +41,7 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #65be664f
+# %% ../nbs/09_train.ipynb #18f0f445
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
@@ -53,13 +53,13 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     except (ValueError, TypeError) as e:
         raise InputError(f'train: {e}' + (' Or add train.bf16=false' if 'bf16' in str(e) else '')) from None
 
-# %% ../nbs/09_train.ipynb #5ec2c212
+# %% ../nbs/09_train.ipynb #a5c63277
 class TellEpoch(TrainerCallback):
     "Tells the dataset its epoch."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, 'set_epoch'): train_dataloader.dataset.set_epoch(int(state.epoch))
 
-# %% ../nbs/09_train.ipynb #8082b2c6
+# %% ../nbs/09_train.ipynb #406d838f
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -93,7 +93,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #4bd618fe
+# %% ../nbs/09_train.ipynb #3ebd6957
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -106,7 +106,7 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #3467731a
+# %% ../nbs/09_train.ipynb #170b75c6
 def same_run(cfg, out:Path) -> bool:
     "Was what lies in `out` trained by the same configuration? How it is streamed and scored does not matter."
     path = out/'config.yaml'
@@ -114,7 +114,7 @@ def same_run(cfg, out:Path) -> bool:
     before = OmegaConf.load(path)
     return all(before.get(group) == cfg[group] for group in ('model', 'data', 'train'))
 
-# %% ../nbs/09_train.ipynb #54cf9f38
+# %% ../nbs/09_train.ipynb #0376ca5b
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -123,7 +123,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_train.ipynb #3dc19780
+# %% ../nbs/09_train.ipynb #d600331d
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -132,7 +132,7 @@ def move_aside(out:Path):
     os.replace(out/'checkpoint', kept)
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/09_train.ipynb #a397dbb8
+# %% ../nbs/09_train.ipynb #6fdd53b0
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -146,6 +146,9 @@ def train(cfg) -> DSTTrainer | None:
     model.model.vision_model.requires_grad_(not args.freeze_vision)
     scenes = load_scenes(cfg.data, 'train')
     if not len(scenes): raise InputError(f'data={cfg.data.name}: there is no training video')
+    if args.class_weights not in ('fixed', 'data'): raise InputError(f"train.class_weights={args.class_weights}: choose 'fixed' or 'data'")
+    if args.class_weights == 'data':
+        for key, value in weights_from_data(s.record for s in scenes).items(): setattr(args, key, value)
     data = DSTStreamDataset(scenes, layout, model.config.vision_config.image_size, args.max_seq_len,
                             args.corrupt_told, args.drop_replies, args.from_middle, args.negative_keep,
                             args.dialogues, args.glimpses, load_glimpse_scenes(cfg.data), args.frame_grad, args.seed)
@@ -167,7 +170,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #6b14641e
+# %% ../nbs/09_train.ipynb #5efc9e5f
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -179,5 +182,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #c109aa73
+# %% ../nbs/09_train.ipynb #2756bc2e
 if __name__ == '__main__' and '__file__' in globals(): main()
