@@ -7,7 +7,7 @@ __all__ = ['FRAMES_AT_ONCE', 'DSTSmolVLMConfig', 'tiny_config', 'image_seq_len',
            'in_float32', 'DSTHeads', 'DSTSmolVLM', 'build_tiny', 'save_model', 'checkpoint_hash', 'quiet',
            'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #190218ef
+# %% ../nbs/05_model.ipynb #70d84361
 import hashlib, math, os, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,24 +18,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import ModelOutput, logging
 
 from .config import InputError
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
 from .state import IN_PROGRESS
 
-# %% ../nbs/05_model.ipynb #d15ca426
+# %% ../nbs/05_model.ipynb #2a241610
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
     tokens_per_frame: int = 0          # 0 keeps all tokens of the connector; else they are average-pooled to 1, 4, 9 or 16
     head_size: int = 0                 # width of the pointer and of the state head; 0 is the text model's hidden size
+    pointer_source: str = 'embedding'  # what the pointer compares: image tokens and words before the language model, or 'hidden' states
     unit_init: bool = False            # embeddings of unit variance and 1/sqrt(fan-in) weights: for training from scratch
 
-# %% ../nbs/05_model.ipynb #4e3c5419
+# %% ../nbs/05_model.ipynb #ab27f59d
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
-                image_size:int=64, scale_factor:int=8, vision_layers:int=2) -> DSTSmolVLMConfig:
+                image_size:int=64, scale_factor:int=8, vision_layers:int=2, pointer_source:str='embedding') -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
     text = dict(model_type='llama', vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2*hidden_size,
                 num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
@@ -43,14 +44,15 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
     vision = dict(hidden_size=vision_size, intermediate_size=2*vision_size, num_hidden_layers=vision_layers,
                   num_attention_heads=2, image_size=image_size, patch_size=8)
     return DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=scale_factor, tokens_per_frame=1,
-                            image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True)
+                            image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True,
+                            pointer_source=pointer_source)
 
-# %% ../nbs/05_model.ipynb #21859ebf
+# %% ../nbs/05_model.ipynb #5f15a1d8
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_model.ipynb #67d819e1
+# %% ../nbs/05_model.ipynb #280159e6
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -60,7 +62,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_model.ipynb #6dcac222
+# %% ../nbs/05_model.ipynb #4ebe18d7
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -78,7 +80,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_model.ipynb #492f76f2
+# %% ../nbs/05_model.ipynb #24177fa9
 def in_float32(method):
     "A method whose first argument is a tensor, outside of automatic mixed precision."
     @wraps(method)
@@ -86,7 +88,7 @@ def in_float32(method):
         with torch.autocast(x.device.type, enabled=False): return method(self, x, *args, **kwargs)
     return call
 
-# %% ../nbs/05_model.ipynb #30a39a34
+# %% ../nbs/05_model.ipynb #a2920701
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -96,7 +98,10 @@ class DSTHeads(nn.Module):
         self.speaking_head = nn.Linear(D, 2)
         self.dst_update_head = nn.Linear(D, 2)
         self.evidence = nn.Sequential(nn.Linear(H + 6, H//2), nn.GELU(), nn.Linear(H//2, 4))
-        self.pointer_tokens = min(4, config.tokens_per_frame or image_seq_len(config))
+        if config.pointer_source not in ('embedding', 'hidden'):
+            raise InputError(f"pointer_source={config.pointer_source}: choose 'embedding' or 'hidden'")
+        self.from_hidden = config.pointer_source == 'hidden'
+        self.pointer_tokens = 1 if self.from_hidden else min(4, config.tokens_per_frame or image_seq_len(config))
         self.query = nn.Sequential(nn.Linear(self.pointer_tokens*D, H), nn.LayerNorm(H))
         self.key = nn.Sequential(nn.Linear(D, 2*H), nn.GELU(), nn.Linear(2*H, H), nn.LayerNorm(H))
         self.none_key = nn.Parameter(torch.zeros(H))
@@ -107,14 +112,14 @@ class DSTHeads(nn.Module):
 
     @in_float32
     def look(self, frame_tokens) -> torch.Tensor:
-        "What is in the hand, as a query [B, T, H], from the frames' image tokens [B, T, N, D] before the language model."
+        "What is in the hand, as a query [B, T, H], from the frames' image tokens [B, T, N, D] (or one hidden state for each, N=1)."
         B, T, N, D = frame_tokens.shape
         return self.query(pool_tokens(frame_tokens.flatten(0, 1), self.pointer_tokens).reshape(B, T, -1).float())
 
     @in_float32
     def point(self, query, steps:StepMemory) -> torch.Tensor:
         "Pointer logits [B, T, S+1]: which step's words answer the query [B, T, H], or none's."
-        key = self.key(steps.words.float())                                                # [B, S, H]
+        key = self.key((steps.hidden if self.from_hidden else steps.words).float())        # [B, S, H]
         scale = query.shape[-1]**-.5
         to_steps = (query @ key.transpose(1, 2)*scale).masked_fill(~steps.valid[:, None], -1e4)   # [B, T, S]
         to_none = query @ self.none_key*scale                                              # [B, T]
@@ -124,7 +129,7 @@ class DSTHeads(nn.Module):
     def forward(self, frame_hidden, frame_tokens, steps:StepMemory, told) -> HeadsOutput:
         "From frame vectors [B, T, D], image tokens [B, T, N, D], the steps' vectors and the told states [B, T, S]."
         h = frame_hidden.float()
-        query = self.look(frame_tokens)                                                     # [B, T, H]
+        query = self.look(frame_hidden[:, :, None] if self.from_hidden else frame_tokens)   # [B, T, H]
         pointer = self.point(query, steps)
         p = pointer.softmax(-1)
         p_step, p_none = p[..., :-1], p[..., -1:].expand_as(p[..., :-1])                    # [B, T, S]
@@ -152,7 +157,7 @@ class DSTHeads(nn.Module):
         same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
         return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
 
-# %% ../nbs/05_model.ipynb #97207178
+# %% ../nbs/05_model.ipynb #853ae3e1
 FRAMES_AT_ONCE = 128
 
 class DSTSmolVLM(SmolVLMForConditionalGeneration):
@@ -227,7 +232,8 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         return torch.cat([F.pad(model(row[None, :n]), (0, 0, 0, len(row) - n)) for row, n in zip(embeds, lengths.tolist())])
 
     def forward(self, input_ids=None, pixel_values=None, frame_positions=None, step_spans=None, told=None, labels=None,
-                frame_tokens=None, learn_frames=None, glimpse_ids=None, glimpse_pixels=None, glimpse_spans=None, **kwargs) -> HeadsOutput:
+                frame_tokens=None, learn_frames=None, glimpse_ids=None, glimpse_pixels=None, glimpse_tokens=None, glimpse_spans=None,
+                **kwargs) -> HeadsOutput:
         """One pass over whole streams: every frame is supervised at once.
         input_ids [B, L]; pixel_values [F, 3, H, W] or frame_tokens [F, N, D] of all frames in reading order; frame_positions [B, T]
         (-1 pads); step_spans [B, S, 2] (-1 pads); told [B, T, S]; labels [B, L], shifted here and nowhere else. Rows are padded on the
@@ -249,11 +255,11 @@ class DSTSmolVLM(SmolVLMForConditionalGeneration):
         if glimpse_ids is not None:
             words = self.get_input_embeddings()(glimpse_ids)
             steps = self.step_memory(words, words, glimpse_spans)
-            seen = self.encode_frames(glimpse_pixels)                                       # [G*F, N, D]
+            seen = self.encode_frames(glimpse_pixels) if glimpse_tokens is None else glimpse_tokens      # [G*F, N, D]
             out.glimpse_logits = self.heads.point(self.heads.look(seen.unflatten(0, (len(words), -1))), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #70282a91
+# %% ../nbs/05_model.ipynb #c88fa28d
 def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The tiny model with random weights, and its layout."
     cfg = dict(cfg or {})
@@ -264,7 +270,11 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     model.set_attn_implementation(dict(vision_config='eager'))    # on 64 patches faster than the fused kernel
     return model, StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #021d26bb
+# %% ../nbs/05_model.ipynb #c868c83a
+AutoConfig.register('dst_smolvlm', DSTSmolVLMConfig)
+AutoModelForImageTextToText.register(DSTSmolVLMConfig, DSTSmolVLM)
+
+# %% ../nbs/05_model.ipynb #9970a069
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     "Write weights (safetensors), configuration and tokenizer as `folder`, whole or not at all."
     folder = Path(folder)
@@ -276,7 +286,7 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder) -> Path:
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/05_model.ipynb #d72be3c7
+# %% ../nbs/05_model.ipynb #4ba37e3e
 def checkpoint_hash(folder) -> str:
     "Short hash of everything in a checkpoint that decides what the model computes, so that no result is taken for another model's."
     digest = hashlib.sha256()
@@ -284,7 +294,7 @@ def checkpoint_hash(folder) -> str:
         if path.is_file() and path.name != 'thresholds.json': digest.update(path.name.encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/05_model.ipynb #4bc06010
+# %% ../nbs/05_model.ipynb #27ef9468
 @contextmanager
 def quiet():
     "Without the library's progress bars and reports."
@@ -293,7 +303,7 @@ def quiet():
     try: yield
     finally: logging.set_verbosity(level); logging.enable_progress_bar()
 
-# %% ../nbs/05_model.ipynb #25610b20
+# %% ../nbs/05_model.ipynb #545bcd1a
 @quiet()
 def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.float32, device='cpu') -> tuple[DSTSmolVLM, StreamLayout]:
     "One of our checkpoints, or a plain SmolVLM2 (whose new heads are then random), from a folder or a hub name. The heads stay float32."
@@ -307,7 +317,7 @@ def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.floa
         config = DSTSmolVLMConfig.from_pretrained(checkpoint)
         if tokens_per_frame is not None: config.tokens_per_frame = tokens_per_frame
         model, info = DSTSmolVLM.from_pretrained(checkpoint, config=config, dtype=dtype, output_loading_info=True,
-                                                 ignore_mismatched_sizes=True)
+                                                 ignore_mismatched_sizes=True, use_safetensors=True)   # a pickle could run anything
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except Exception as e:   # whatever the libraries make of a damaged file
         raise InputError(f'{checkpoint}: not a checkpoint of SmolVLM2 or of this project: {str(e).splitlines()[0][:200]}') from None
@@ -319,7 +329,7 @@ def load_pretrained(checkpoint, tokens_per_frame:int|None=None, dtype=torch.floa
     model.heads.float()
     return model.to(device), StreamLayout(tokenizer, model.tokens_per_frame)
 
-# %% ../nbs/05_model.ipynb #ab78f384
+# %% ../nbs/05_model.ipynb #5b1b3ebf
 def load_model(cfg, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     "The model of the configuration group `model`: from its `checkpoint`, or the tiny one with random weights."
     if cfg.checkpoint is None: return build_tiny({k: cfg[k] for k in ('hidden_size', 'layers', 'vision_size', 'image_size')}, seed)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['USAGE', 'DSTTrainingArguments', 'training_arguments', 'TellEpoch', 'DSTTrainer', 'check_ranks', 'same_run',
-           'last_whole_checkpoint', 'move_aside', 'train', 'main']
+           'last_whole_checkpoint', 'move_aside', 'freeze', 'open_store', 'train', 'main']
 
-# %% ../nbs/09_train.ipynb #c560b8d5
+# %% ../nbs/09_train.ipynb #3d47d45f
 import itertools, json, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,11 +20,12 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import InputError, atomic_write, parse_cli, run_cli, save_config
-from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load_scenes
+from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load_scenes, scene_video
+from .features import FeatureStore, encoder_fingerprint, load_encoder
 from .loss import PARTS, LossConfig, loss_counts, multitask_loss, weights_from_data
 from .model import load_model, save_model
 
-# %% ../nbs/09_train.ipynb #61cabe67
+# %% ../nbs/09_train.ipynb #255bd90a
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, and how streams become rows."
@@ -36,12 +37,15 @@ class DSTTrainingArguments(TrainingArguments, LossConfig):
     glimpses: int = 0              # other scenes beside every stream, four frames of each, that train the pointer
     frame_grad: float = 1.         # share of a stream's frames from which the vision tower learns
     freeze_vision: bool = False    # the vision tower learns nothing at all
+    freeze_connector: bool = False # nor the connector
+    freeze_text: bool = False      # nor the language model; what is left are the heads
+    features: str | None = None    # a folder of the feature store: frames are read from there; needs the first two frozen
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False    # every batch uses every parameter
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = 'none'
 
-# %% ../nbs/09_train.ipynb #18f0f445
+# %% ../nbs/09_train.ipynb #6049a116
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values = OmegaConf.to_container(cfg.train)
@@ -53,13 +57,13 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     except (ValueError, TypeError) as e:
         raise InputError(f'train: {e}' + (' Or add train.bf16=false' if 'bf16' in str(e) else '')) from None
 
-# %% ../nbs/09_train.ipynb #a5c63277
+# %% ../nbs/09_train.ipynb #77b919ea
 class TellEpoch(TrainerCallback):
     "Tells the dataset its epoch."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, 'set_epoch'): train_dataloader.dataset.set_epoch(int(state.epoch))
 
-# %% ../nbs/09_train.ipynb #406d838f
+# %% ../nbs/09_train.ipynb #a44d80be
 class DSTTrainer(Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name."
     def __init__(self, *args, **kwargs):
@@ -93,7 +97,7 @@ class DSTTrainer(Trainer):
             self._parts, self._since = {}, 0
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #3ebd6957
+# %% ../nbs/09_train.ipynb #830bf6fe
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -106,7 +110,7 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_train.ipynb #170b75c6
+# %% ../nbs/09_train.ipynb #87f76c0e
 def same_run(cfg, out:Path) -> bool:
     "Was what lies in `out` trained by the same configuration? How it is streamed and scored does not matter."
     path = out/'config.yaml'
@@ -114,7 +118,7 @@ def same_run(cfg, out:Path) -> bool:
     before = OmegaConf.load(path)
     return all(before.get(group) == cfg[group] for group in ('model', 'data', 'train'))
 
-# %% ../nbs/09_train.ipynb #0376ca5b
+# %% ../nbs/09_train.ipynb #4e7e47b1
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -123,7 +127,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_train.ipynb #d600331d
+# %% ../nbs/09_train.ipynb #80c15a2a
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -132,7 +136,33 @@ def move_aside(out:Path):
     os.replace(out/'checkpoint', kept)
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/09_train.ipynb #6fdd53b0
+# %% ../nbs/09_train.ipynb #c8dad122
+def freeze(model, args:DSTTrainingArguments):
+    "Leave out of the training what `args` says."
+    parts = dict(vision=model.model.vision_model, connector=model.model.connector, text=model.model.text_model)
+    for name, part in parts.items():
+        if getattr(args, f'freeze_{name}'): part.requires_grad_(False)
+    if args.freeze_text: model.lm_head.requires_grad_(False)
+
+def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | None:
+    "The feature store of a training, if it has one; raises `InputError` if it does not hold all of its videos."
+    if not args.features: return None
+    if not (args.freeze_vision and args.freeze_connector):
+        raise InputError('train.features: what the vision tower and the connector make of a frame is fixed in it; '
+                         'set train.freeze_vision=true train.freeze_connector=true')
+    if load_glimpse_scenes(cfg.data) is not None and args.glimpses:
+        raise InputError('train.features: the glimpses are of other scenes, which are not in it; '
+                         'set train.glimpses=0 or data.glimpse_world=null')
+    dtype = getattr(torch, cfg.features.compute_dtype)
+    encoder = model if dtype == model.dtype else load_encoder(cfg, 'cpu', dtype)
+    store = FeatureStore(args.features, encoder_fingerprint(encoder, cfg.features.dtype), [scene_video(s) for s in scenes])
+    missing = store.missing()
+    if missing:
+        try: store.shape(missing[0])
+        except InputError as e: raise InputError(f'train.features: {len(missing)} of {len(store)} videos are missing; {e}') from None
+    return store
+
+# %% ../nbs/09_train.ipynb #9b890e44
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -143,7 +173,7 @@ def train(cfg) -> DSTTrainer | None:
         return None
     transformers.set_seed(args.seed)
     model, layout = load_model(cfg.model, seed=args.seed)
-    model.model.vision_model.requires_grad_(not args.freeze_vision)
+    freeze(model, args)
     scenes = load_scenes(cfg.data, 'train')
     if not len(scenes): raise InputError(f'data={cfg.data.name}: there is no training video')
     if args.class_weights not in ('fixed', 'data'): raise InputError(f"train.class_weights={args.class_weights}: choose 'fixed' or 'data'")
@@ -151,7 +181,8 @@ def train(cfg) -> DSTTrainer | None:
         for key, value in weights_from_data(s.record for s in scenes).items(): setattr(args, key, value)
     data = DSTStreamDataset(scenes, layout, model.config.vision_config.image_size, args.max_seq_len,
                             args.corrupt_told, args.drop_replies, args.from_middle, args.negative_keep,
-                            args.dialogues, args.glimpses, load_glimpse_scenes(cfg.data), args.frame_grad, args.seed)
+                            args.dialogues, args.glimpses, load_glimpse_scenes(cfg.data), args.frame_grad,
+                            open_store(cfg, args, model, scenes), args.seed)
     trainer = DSTTrainer(model=model, args=args, train_dataset=data, data_collator=StreamCollator(layout.tokenizer.pad_token_id))
     line, first = check_ranks(trainer), trainer.is_world_process_zero()
     if first:
@@ -170,7 +201,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/09_train.ipynb #5efc9e5f
+# %% ../nbs/09_train.ipynb #d6d5660e
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -182,5 +213,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/09_train.ipynb #2756bc2e
+# %% ../nbs/09_train.ipynb #a2fd073d
 if __name__ == '__main__' and '__file__' in globals(): main()
