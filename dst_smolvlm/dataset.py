@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'scene_video', 'load_glimpse_scenes', 'corrupt_told',
-           'DSTStreamDataset', 'pad_stack', 'StreamCollator']
+           'DSTStreamDataset', 'pad_stack', 'StreamCollator', 'DSTFrameDataset', 'frame_sample']
 
-# %% ../nbs/08_dataset.ipynb #d9dd2e9f
+# %% ../nbs/08_dataset.ipynb #d582eaf2
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .state import frame_of
 from .video import frames_to_pixels, iter_frames, video_length
 from .world import SPLITS, WorldConfig, make_scene, make_world, replay
 
-# %% ../nbs/08_dataset.ipynb #6813440c
+# %% ../nbs/08_dataset.ipynb #cb5d7477
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -46,7 +46,7 @@ class VideoScene:
         return f'{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #1d6c2f77
+# %% ../nbs/08_dataset.ipynb #c37a8458
 @dataclass
 class ToyScenes:
     "The first `length` scenes of a split of the toy world."
@@ -59,7 +59,7 @@ class ToyScenes:
         if not -self.length <= i < self.length: raise IndexError(f'scene {i} of {self.length}')
         return make_scene(i % self.length, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #cf001492
+# %% ../nbs/08_dataset.ipynb #3708d6e8
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal videos to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     order = lambda uid: hashlib.sha256(uid.encode()).hexdigest()
@@ -70,7 +70,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     split = {uid: 'validation' if i < n_val else 'test' if i < n_val + n_test else 'train' for i, uid in enumerate(videos)}
     return {name: [r for r in ranked if split[r.video_uid] == name] for name in ('validation', 'test', 'train')}
 
-# %% ../nbs/08_dataset.ipynb #0af1e801
+# %% ../nbs/08_dataset.ipynb #53ba3aac
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -84,18 +84,18 @@ def load_scenes(cfg, split:str) -> Sequence:
     if cfg.source == 'replay': return [replay(r, world) for r in records]
     return [VideoScene(r, Path(r.video)) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #8c16eb21
+# %% ../nbs/08_dataset.ipynb #d3d84918
 def scene_video(scene) -> Video:
     "The video of a scene, as the feature store knows it."
     return Video(scene.record, scene.path if isinstance(scene, VideoScene) else scene)
 
-# %% ../nbs/08_dataset.ipynb #8cfdab42
+# %% ../nbs/08_dataset.ipynb #fc48fae6
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from, if in the toy world `cfg.glimpse_world` makes them differ; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'glimpse_world'))
 
-# %% ../nbs/08_dataset.ipynb #9203af20
+# %% ../nbs/08_dataset.ipynb #bb853868
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -117,7 +117,7 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #95124038
+# %% ../nbs/08_dataset.ipynb #364272c0
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(
@@ -170,8 +170,8 @@ class DSTStreamDataset(Dataset):
         seen = {dict(pixel_values='pixels', frame_tokens='tokens')[k]: torch.cat([s[k] for s in seen]) for k in seen[0]}
         return dict(ids=torch.tensor(prompt.ids), **seen, spans=torch.tensor(prompt.step_spans), states=torch.from_numpy(states))
 
-    def row(self, scene, rng, frames:bool=True) -> dict:
-        "One row, its tensors unpadded."
+    def row(self, scene, rng, frames:bool=True, look:bool=True) -> dict:
+        "One row, its tensors unpadded; without `look` all of it but the frames themselves."
         record = scene.record
         states = record.states()                                                            # [T, S]
         before = np.concatenate([np.zeros_like(states[:1]), states])                        # row i: before frame i
@@ -189,21 +189,21 @@ class DSTStreamDataset(Dataset):
         spoken = {f for f, turns in record.turns_at().items() if any(t.role == 'assistant' for t in turns)}
         speak = np.array([start + t in spoken for t in range(T)], dtype=np.int64)
         keep, learn_frames = rng.random(T) < self.negative_keep, rng.random(T) < self.frame_grad
-        return dict(input_ids=torch.tensor(stream.ids), labels=torch.tensor(stream.labels), **self.look(scene, start, start + T),
-                    learn_frames=torch.from_numpy(learn_frames),
+        return dict(input_ids=torch.tensor(stream.ids), labels=torch.tensor(stream.labels),
+                    **(self.look(scene, start, start + T) if look else {}), learn_frames=torch.from_numpy(learn_frames),
                     frame_positions=torch.tensor(stream.frame_positions, dtype=torch.long), step_spans=torch.tensor(stream.step_spans),
                     told=torch.from_numpy(told), state_labels=torch.from_numpy(truth),
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #b4b797d4
+# %% ../nbs/08_dataset.ipynb #c546eb75
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #20b84884
+# %% ../nbs/08_dataset.ipynb #31e2accc
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels, or the features, of all frames are put one after another, in reading order."
@@ -219,3 +219,36 @@ class StreamCollator:
             batch |= {f'glimpse_{key}': pad_stack([g[key] for g in glimpses], value) for key, value in padding.items()}
             for key in {'pixels', 'tokens'} & {*glimpses[0]}: batch[f'glimpse_{key}'] = torch.cat([g[key] for g in glimpses])
         return batch
+
+# %% ../nbs/08_dataset.ipynb #08c12c88
+class DSTFrameDataset(Dataset):
+    "The rows of a `DSTStreamDataset`, one sample for each of their frames: the row up to that frame, with its labels alone."
+    def __init__(self, streams:DSTStreamDataset): self.streams = streams; self.set_epoch(streams.epoch)
+
+    def set_epoch(self, epoch:int):
+        "What rows look like is drawn anew in every epoch, and so is how many frames they have."
+        self.streams.set_epoch(epoch)
+        lengths = [len(self._row(i, look=False)['frame_positions']) for i in range(len(self.streams))]
+        self.index = [(i, t) for i, n in enumerate(lengths) for t in range(n)]
+
+    def _row(self, i:int, look:bool=True) -> dict:
+        s = self.streams
+        return s.row(s.scenes[i], np.random.default_rng([s.seed, s.epoch, i]), look=look)
+
+    def __len__(self): return len(self.index)
+
+    def __getitem__(self, k) -> tuple[list[dict], list[dict]]:
+        i, t = self.index[k]
+        return [frame_sample(self._row(i), t, self.streams.layout.tokens_per_frame)], []
+
+def frame_sample(row:dict, t:int, tokens_per_frame:int) -> dict:
+    "A row up to its frame `t` and to what is said and told there; only that frame, and those words, are labelled."
+    positions = row['frame_positions']
+    end = int(positions[t+1]) - tokens_per_frame + 1 if t + 1 < len(positions) else len(row['input_ids'])
+    per_frame = 'frame_positions', 'told', 'learn_frames', 'speak_labels', 'update_labels', 'state_labels'
+    sample = row | {k: row[k][:t+1].clone() for k in per_frame}
+    for key in ('speak_labels', 'update_labels', 'state_labels'): sample[key][:t] = -100
+    for key in {'pixel_values', 'frame_tokens'} & {*row}: sample[key] = row[key][:t+1]
+    labels = row['labels'][:end].clone()
+    labels[:int(positions[t])] = -100
+    return sample | dict(input_ids=row['input_ids'][:end], labels=labels)
