@@ -6,7 +6,7 @@
 __all__ = ['BACKWARDS', 'Seconds', 'RecordError', 'validate', 'parse_json', 'Step', 'Turn', 'VideoRecord', 'write_records',
            'TimestampToStateConverter']
 
-# %% ../nbs/01_annotation.ipynb #03d31801
+# %% ../nbs/01_annotation.ipynb #eac685a5
 import json, re, reprlib
 from collections import Counter, defaultdict
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from .config import InputError, atomic_write
 from .state import frame_of, frame_times, states_at, states_from_spans
 
-# %% ../nbs/01_annotation.ipynb #415bb334
+# %% ../nbs/01_annotation.ipynb #a58e34f0
 class RecordError(InputError):
     "An annotation is wrong; the message is one line with all that is known of the place."
     def __init__(
@@ -50,7 +50,7 @@ def _one_line(text) -> str:
     "Text that any terminal can print: on one line, and without half characters."
     return ' '.join(str(text).encode('utf-8', 'backslashreplace').decode().split())
 
-# %% ../nbs/01_annotation.ipynb #53ceeb87
+# %% ../nbs/01_annotation.ipynb #53180d45
 def validate(model, data, file, record: str = '', at: str = ''):
     "`data`, which stands at `at` in the record, as a `model`; a `RecordError` names the first thing wrong with it."
     try: return model.model_validate(data)
@@ -64,7 +64,7 @@ def validate(model, data, file, record: str = '', at: str = ''):
 
 BACKWARDS = 'ends before it starts'
 
-# %% ../nbs/01_annotation.ipynb #41e000a1
+# %% ../nbs/01_annotation.ipynb #819c90ac
 def parse_json(text: str, file, record: str = ''):
     "The value in `text`; raises `RecordError`."
     try:
@@ -85,7 +85,7 @@ def _object(pairs: list[tuple]) -> dict:
         raise ValueError(f'the key {twice[:80]!r} occurs twice')
     return found
 
-# %% ../nbs/01_annotation.ipynb #53e80bbd
+# %% ../nbs/01_annotation.ipynb #e12cccf2
 class _Model(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
@@ -110,7 +110,7 @@ class Turn(_Model):
     time: Seconds                       # on the video's clock
     content: str = Field(min_length=1)
 
-# %% ../nbs/01_annotation.ipynb #c117d97f
+# %% ../nbs/01_annotation.ipynb #8d6e97f8
 class VideoRecord(_Model):
     "One annotated video; all times are seconds on its own clock."
     video_uid: str = Field(min_length=1)
@@ -168,13 +168,13 @@ class VideoRecord(_Model):
             if turn.role != 'system': turns[frame_of(turn.time, fps)].append(turn)
         return {frame: said for frame, said in turns.items() if frame < self.num_frames(fps)}
 
-# %% ../nbs/01_annotation.ipynb #de92bd68
+# %% ../nbs/01_annotation.ipynb #8169d3d5
 def write_records(records, path):
     "Write records as JSONL, whole or not at all."
     with atomic_write(path) as f:
         for r in records: f.write(r.to_json() + '\n')
 
-# %% ../nbs/01_annotation.ipynb #52684148
+# %% ../nbs/01_annotation.ipynb #9bc7e44d
 class TimestampToStateConverter:
     "States from `{name: {'timestamps': [first, …, last]}}`, or from a list of `Step`."
     def __init__(self, steps: dict | list[Step], repeats: str = 'merge'):

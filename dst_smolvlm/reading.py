@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'SUFFIXES', 'LONGEST_LINE', 'LARGEST_FILE', 'POLICIES', 'N
            'read_text', 'json_lines', 'companion', 'values_of', 'overruns', 'clip_record', 'playing_time',
            'video_lengths', 'read_entries', 'examine']
 
-# %% ../nbs/01_reading.ipynb #7a393e3c
+# %% ../nbs/01_reading.ipynb #19ee12f0
 import csv, io, os, posixpath, zipfile, zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .formats_proassist import PROASSIST_FORMATS
 from .formats_public import COMPANIONS, PUBLIC_FORMATS
 from .state import frame_of
 
-# %% ../nbs/01_reading.ipynb #8b51194e
+# %% ../nbs/01_reading.ipynb #08ed54ca
 FORMATS = (*DST_FORMATS, *PROASSIST_FORMATS, *PUBLIC_FORMATS)
 SUFFIXES = ('.json', '.jsonl', '.tsv', '.csv', '.txt')
 LONGEST_LINE = 2**26     # bytes; a longer line of JSONL is no record
@@ -36,7 +36,7 @@ class Entry:
     record: VideoRecord | None = None
     problems: list[RecordError] = field(default_factory=list)
 
-# %% ../nbs/01_reading.ipynb #e83a535b
+# %% ../nbs/01_reading.ipynb #d0743a3c
 @dataclass
 class File:
     "A file that can be opened for reading, on disk or in an archive."
@@ -72,7 +72,7 @@ def _beside(path: Path) -> Callable[[str], str | None]:
         return read_text(partial(_open, other), other) if other.is_file() else None
     return read
 
-# %% ../nbs/01_reading.ipynb #8ae3acff
+# %% ../nbs/01_reading.ipynb #1783f530
 def _members(path: Path) -> Iterator[File]:
     "The annotation files of a zip archive."
     def opener(name: str) -> Callable: return lambda: archive.open(name)
@@ -90,7 +90,9 @@ def _members(path: Path) -> Iterator[File]:
     for name in sorted(names):
         if name.lower().endswith(SUFFIXES): yield File(f'{path}/{name}', opener(name), beside(name), named=False)
 
-# %% ../nbs/01_reading.ipynb #4a049339
+# %% ../nbs/01_reading.ipynb #9b79e71b
+_UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)   # the last: an archive's methods, passwords
+
 def read_text(open_file: Callable, name) -> str:
     "All of a file as text; raises `RecordError`."
     try:
@@ -103,10 +105,7 @@ def read_text(open_file: Callable, name) -> str:
     except (UnicodeDecodeError, *_UNREADABLE) as e:
         raise RecordError(name, f'not a readable text file ({e})', kind='not readable') from None
 
-# %% ../nbs/01_reading.ipynb #ff31542a
-_UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)   # the last: an archive's methods, passwords
-
-# %% ../nbs/01_reading.ipynb #c6447b1e
+# %% ../nbs/01_reading.ipynb #f0727fd1
 def json_lines(file: File) -> Iterator[tuple[str, bytes | RecordError]]:
     "(`line n`, its bytes) for every line of JSONL that is not blank."
     try:
@@ -122,7 +121,7 @@ def json_lines(file: File) -> Iterator[tuple[str, bytes | RecordError]]:
     except _UNREADABLE as e:
         raise RecordError(file.name, f'not readable ({e})', kind='not readable') from None
 
-# %% ../nbs/01_reading.ipynb #eafd7105
+# %% ../nbs/01_reading.ipynb #5119a094
 def _tabular(text: str, file: str) -> Table | Lines:
     "What a .tsv, .csv or .txt holds."
     lines = text.splitlines()
@@ -149,7 +148,7 @@ def companion(data) -> str:
     "The name of what belongs to annotations without being one; else empty."
     return next((name for name, holds in COMPANIONS.items() if holds(data)), '')
 
-# %% ../nbs/01_reading.ipynb #0fa631c9
+# %% ../nbs/01_reading.ipynb #2ef83fe6
 def values_of(file: File) -> Iterator[tuple[str, object]]:
     "(place, value) of everything that a file holds; a `RecordError` stands in for what could not be parsed."
     if file.suffix == '.jsonl':
@@ -167,7 +166,7 @@ def values_of(file: File) -> Iterator[tuple[str, object]]:
 def _hint(error: RecordError, hint: str) -> RecordError:
     return RecordError(error.file, f'{error.why}; {hint}' if hint else error.why, error.record, error.field, error.value, error.kind)
 
-# %% ../nbs/01_reading.ipynb #9352cdbd
+# %% ../nbs/01_reading.ipynb #63c6af82
 POLICIES = ('strict', 'skip', 'clip')
 
 def overruns(record: VideoRecord, seconds: float) -> Iterator[tuple[str, float]]:
@@ -187,7 +186,7 @@ def clip_record(record: VideoRecord, seconds: float) -> VideoRecord:
     turns = [t for t in record.turns if t.time <= end]
     return record.model_copy(update=dict(duration=min(record.duration, seconds), steps=steps, turns=turns))
 
-# %% ../nbs/01_reading.ipynb #cdacad09
+# %% ../nbs/01_reading.ipynb #ddf5b301
 def playing_time(path) -> float:
     "Seconds of a video file, as its header has them; raises `RecordError`."
     try:
@@ -208,7 +207,7 @@ def video_lengths(folder) -> dict[str, float]:
     if not found: raise RecordError(folder, 'a folder without videos', kind='no video')
     return found
 
-# %% ../nbs/01_reading.ipynb #d8a2b2a6
+# %% ../nbs/01_reading.ipynb #c84f1f31
 def _unknown(file: File, data) -> RecordError:
     fields = f' with the fields {", ".join(map(str, list(data)[:5]))}' if isinstance(data, dict) else ''
     return RecordError(file.name, f'no annotation of a known format{fields} (01_records lists them)', kind='unknown format',
@@ -236,7 +235,7 @@ def _entries_of(data, place: str, file: File, source: Source) -> Iterator[Entry]
         if place: entry.problems = [e.at(place) for e in entry.problems]     # a line is found by its number, not by a name within it
         yield entry
 
-# %% ../nbs/01_reading.ipynb #a5a01687
+# %% ../nbs/01_reading.ipynb #0386c0a2
 def read_entries(
     paths,                    # a file, a folder, a zip archive, or a list of these
     level: str = 'step',      # of `LEVELS`, where a format has several
@@ -266,7 +265,7 @@ def _entries_in(file: File, level: str, lengths: dict) -> Iterator[tuple[Entry, 
         else: yield from ((entry, place) for entry in _entries_of(data, place, file, source))
     if empty: raise RecordError(file.name, 'holds no record', kind='no records')
 
-# %% ../nbs/01_reading.ipynb #c9257006
+# %% ../nbs/01_reading.ipynb #7c46d3b2
 def examine(entry: Entry, place: str, seen: dict, lengths: dict, policy: str, look: bool) -> Entry:
     "The entry with what can only be said of a finished record; its record is gone if that is an error."
     record = entry.record

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINDOW', 'count_record', 'gaps', 'describe']
 
-# %% ../nbs/01_statistics.ipynb #6bb0bf0e
+# %% ../nbs/01_statistics.ipynb #a1bfe343
 from collections import Counter
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .annotation import VideoRecord
 from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, state_changes
 
-# %% ../nbs/01_statistics.ipynb #9f52e041
+# %% ../nbs/01_statistics.ipynb #c874ce9f
 WINDOW = 64      # frames
 
 def count_record(record: VideoRecord, fps: float = 2.0) -> Counter:
@@ -50,12 +50,12 @@ def _at_once(states) -> int:
     "Whether two steps are in progress at some frame."
     return int(((states == IN_PROGRESS).sum(axis=1) > 1).any())
 
-# %% ../nbs/01_statistics.ipynb #523e375d
+# %% ../nbs/01_statistics.ipynb #1490cfe1
 def gaps(record: VideoRecord, fps: float = 2.0) -> list[float]:
     "Seconds between the frames at which some state changes."
     return (np.diff(list(state_changes(record.states(fps))))/fps).tolist()
 
-# %% ../nbs/01_statistics.ipynb #6f759abc
+# %% ../nbs/01_statistics.ipynb #d88b062e
 def describe(records: list[VideoRecord], fps: float = 2.0) -> dict[str, float]:
     "Shares over all records: of frames, windows, videos, steps or cells (frame × step); NaN where there are no steps, or no turns, at all."
     total = Counter()
