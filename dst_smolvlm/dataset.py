@@ -6,7 +6,7 @@
 __all__ = ['VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'scene_video', 'load_glimpse_scenes', 'corrupt_told',
            'DSTStreamDataset', 'pad_stack', 'StreamCollator', 'DSTFrameDataset', 'frame_sample']
 
-# %% ../nbs/08_dataset.ipynb #d582eaf2
+# %% ../nbs/08_dataset.ipynb #ee247b77
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from .prompt import StreamLayout, layout_stream
 from .reading import NO_STEPS
 from .records import VideoRecord, load_records
 from .state import frame_of
-from .video import frames_to_pixels, iter_frames, video_length
+from .video import frames_to_pixels
 from .world import SPLITS, WorldConfig, make_scene, make_world, replay
 
-# %% ../nbs/08_dataset.ipynb #cb5d7477
+# %% ../nbs/08_dataset.ipynb #10c189e4
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -33,20 +33,14 @@ class VideoScene:
     path: Path
     def frames(self, start:int=0, stop:int|None=None) -> np.ndarray:
         "Frames [T, H, W, 3]; a file that ends before the record does is an error that says by how much."
-        stop, first = self.record.num_frames() if stop is None else stop, max(start - 1, 0)
-        images = [frame.image for frame in iter_frames(self.path, self.record.fps, start=first, stop=stop)]
-        if len(images) == stop - first - 1 > 0: images.append(images[-1])     # the last picture stands until the file's end
-        if len(images) < stop - first:
-            raise InputError(f'{self.path}: the video ends after {video_length(self.path, self.record.fps).frames} frames at '
-                             f'{self.record.fps:g} FPS, its record {self.record.uid} has {self.record.num_frames()}')
-        return np.stack(images[start-first:])
+        return np.stack(list(Video(self.record, self.path).frames(start, stop)))
     def fingerprint(self) -> str:
         "What else than the record decides what the frames show."
         stat = self.path.stat()
         return f'{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #c37a8458
+# %% ../nbs/08_dataset.ipynb #7b25915d
 @dataclass
 class ToyScenes:
     "The first `length` scenes of a split of the toy world."
@@ -59,7 +53,7 @@ class ToyScenes:
         if not -self.length <= i < self.length: raise IndexError(f'scene {i} of {self.length}')
         return make_scene(i % self.length, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #3708d6e8
+# %% ../nbs/08_dataset.ipynb #1de88756
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal videos to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     order = lambda uid: hashlib.sha256(uid.encode()).hexdigest()
@@ -70,7 +64,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     split = {uid: 'validation' if i < n_val else 'test' if i < n_val + n_test else 'train' for i, uid in enumerate(videos)}
     return {name: [r for r in ranked if split[r.video_uid] == name] for name in ('validation', 'test', 'train')}
 
-# %% ../nbs/08_dataset.ipynb #53ba3aac
+# %% ../nbs/08_dataset.ipynb #03b02662
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -84,18 +78,18 @@ def load_scenes(cfg, split:str) -> Sequence:
     if cfg.source == 'replay': return [replay(r, world) for r in records]
     return [VideoScene(r, Path(r.video)) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #d3d84918
+# %% ../nbs/08_dataset.ipynb #fa1bccd9
 def scene_video(scene) -> Video:
     "The video of a scene, as the feature store knows it."
     return Video(scene.record, scene.path if isinstance(scene, VideoScene) else scene)
 
-# %% ../nbs/08_dataset.ipynb #fc48fae6
+# %% ../nbs/08_dataset.ipynb #2dcd9128
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from, if in the toy world `cfg.glimpse_world` makes them differ; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'glimpse_world'))
 
-# %% ../nbs/08_dataset.ipynb #bb853868
+# %% ../nbs/08_dataset.ipynb #e5b6bb31
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -117,7 +111,7 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #364272c0
+# %% ../nbs/08_dataset.ipynb #eb48013f
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(
@@ -196,14 +190,14 @@ class DSTStreamDataset(Dataset):
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #c546eb75
+# %% ../nbs/08_dataset.ipynb #41b29815
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #31e2accc
+# %% ../nbs/08_dataset.ipynb #92d98a9c
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels, or the features, of all frames are put one after another, in reading order."
@@ -220,7 +214,7 @@ class StreamCollator:
             for key in {'pixels', 'tokens'} & {*glimpses[0]}: batch[f'glimpse_{key}'] = torch.cat([g[key] for g in glimpses])
         return batch
 
-# %% ../nbs/08_dataset.ipynb #08c12c88
+# %% ../nbs/08_dataset.ipynb #3af2f61b
 class DSTFrameDataset(Dataset):
     "The rows of a `DSTStreamDataset`, one sample for each of their frames: the row up to that frame, with its labels alone."
     def __init__(self, streams:DSTStreamDataset): self.streams = streams; self.set_epoch(streams.epoch)
