@@ -16,9 +16,9 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
     long_description_content_type='text/markdown',
     packages=find_packages(include=['dst_smolvlm', 'dst_smolvlm.*']),
-    package_data={'dst_smolvlm': ['conf/*.yaml', 'conf/**/*.yaml']},
+    package_data={'dst_smolvlm': ['conf/*.yaml', 'conf/**/*.yaml', 'conf/accelerate/slurm.sh']},
     install_requires=words('requirements'),
-    extras_require={'dev': words('dev_requirements'), 'lab': words('lab_requirements')},
+    extras_require={name: words(f'{name}_requirements') for name in ('dev', 'lab', 'lora', 'qlora')},
     classifiers=['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11',
                  'Programming Language :: Python :: 3.12'],
 )

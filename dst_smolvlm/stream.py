@@ -7,7 +7,7 @@ __all__ = ['NO_OPTIONS', 'USAGE', 'OnlineStateFilter', 'StepResult', 'StreamRunn
            'load_thresholds', 'pick_device', 'backbone_dtype', 'runner_options', 'read_steps', 'name_of_video',
            'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #d56cda40
+# %% ../nbs/11_stream.ipynb #00c18e0d
 import inspect, itertools, json, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
 from .cache import BaseContextStrategy, Context, NoStrategy, make_strategy
 from .config import InputError, atomic_write, environment, parse_cli, run_cli
+from .generate import FrameAnswer, StreamMemory
 from .lanes import timeline_figure
 from .model import DSTSmolVLM, checkpoint_hash, load_pretrained
 from .prompt import StreamLayout
@@ -30,7 +30,7 @@ from .state import COMPLETED, IN_PROGRESS, NOT_STARTED, transitions
 from .trace import Trace, TraceFrame, write_trace
 from .video import frames_to_pixels, iter_frames, prefetch
 
-# %% ../nbs/11_stream.ipynb #02de149a
+# %% ../nbs/11_stream.ipynb #fee7455f
 class OnlineStateFilter:
     "Causal filter from pointer probabilities to a sequence of states, by the rules above. It lives outside the model."
     def __init__(self, state, begin:float=2., beside:float=.6, established:int=2, undo_frames:int=2):
@@ -53,21 +53,15 @@ class OnlineStateFilter:
         self.shown_for[shown] += 1
         return self.state.copy()
 
-# %% ../nbs/11_stream.ipynb #3fa69513
+# %% ../nbs/11_stream.ipynb #3372dca8
 @dataclass
-class StepResult:
-    "What the model made of one frame."
-    speak_prob: float
-    update_prob: float
-    state_probs: np.ndarray      # [S, 3]
-    pointer_probs: np.ndarray    # [S+1]
-    state: np.ndarray            # [S] believed after this frame
-    text: str | None
+class StepResult(FrameAnswer):
+    "What the model made of one frame, and what that took."
     cache_tokens: int
     latency_ms: float
     dropped_tokens: int = 0      # of an overflow before this frame
 
-# %% ../nbs/11_stream.ipynb #56490d50
+# %% ../nbs/11_stream.ipynb #db9f22bf
 NO_OPTIONS = MappingProxyType({})
 
 class StreamRunner:
@@ -87,38 +81,37 @@ class StreamRunner:
         self.model, self.layout, self.names, self.goal, self.knowledge = model, layout, list(steps), goal, knowledge
         self.strategy = strategy or NoStrategy(model.config.text_config.max_position_embeddings)
         self.speak_threshold, self.update_threshold, self.max_reply_tokens = speak_threshold, update_threshold, max_reply_tokens
-        self.told = np.zeros(len(self.names), np.int8) if state is None else np.array(state, np.int8)
-        self.never_said = torch.tensor(layout.never_said, device=model.device)
+        self.first_state = np.zeros(len(self.names), np.int8) if state is None else np.array(state, np.int8)
+        self.first_prompt = layout.prompt(goal, knowledge, self.names, self.first_state)
+        self.memory = StreamMemory.begin(self.first_prompt, self.first_state)
         self.filter_options, self.filter = filter_options, None
         self._start_filter()
-        self.first_prompt, self.first_state = layout.prompt(goal, knowledge, self.names, self.told), self.told.copy()
-        self.cache, self.prompt, self.pending, self.memory = DynamicCache(), self.first_prompt, list(self.first_prompt.ids), None
+
+    @property
+    def told(self) -> np.ndarray: return self.memory.told
 
     def _start_filter(self):
         if self.filter_options is not None: self.filter = OnlineStateFilter(self.told, **self.filter_options)
 
-    def _forward(self, ids, frame_tokens=None):
-        "Feed `ids` (and the image tokens among them) through the cache → hidden states and embeddings [1, L, D]."
-        model, x = self.model, torch.tensor([ids], device=self.model.device)
-        embeds = model.get_input_embeddings()(x) if frame_tokens is None else model.embed(x, frame_tokens)
-        hidden = model.model.text_model(inputs_embeds=embeds, past_key_values=self.cache, use_cache=True).last_hidden_state
-        return hidden, embeds
+    def _believe(self, state_probs, pointer_probs, update_prob, told) -> np.ndarray:
+        "The state [S] after a frame: the filter's, or without one, head 2 says when it changes, and head 4 how."
+        if self.filter: return self.filter(pointer_probs)
+        return state_probs.argmax(-1).astype(np.int8) if update_prob >= self.update_threshold else told
 
     def _make_room(self, new:int) -> int:
         "Let the strategy act if what is pending and `new` more tokens would not fit; returns how many tokens it dropped."
-        length = self.cache.get_seq_length()
-        if not self.strategy.is_full(length + len(self.pending) + new): return 0
-        after = self.strategy.handle_overflow(Context(self.cache, self.first_prompt, self.first_state.tolist()))
-        self.cache = after.cache
+        length = self.memory.cache.get_seq_length()
+        if not self.strategy.is_full(length + len(self.memory.pending) + new): return 0
+        after = self.strategy.handle_overflow(Context(self.memory.cache, self.first_prompt, self.first_state.tolist()))
+        self.memory.cache = after.cache
         if after.prompt is not None:
-            self.prompt, self.memory, self.told = after.prompt, None, np.array(after.told, np.int8)
-            self.pending = list(after.prompt.ids)
+            self.memory = StreamMemory.begin(after.prompt, after.told, after.cache)
             self._start_filter()
-        held = self.cache.get_seq_length() + len(self.pending)
+        held = self.memory.cache.get_seq_length() + len(self.memory.pending)
         if self.strategy.is_full(held + new):
             limits = f'max_seq_len={self.strategy.max_seq_len} with {self.strategy.reserved_seq_len} reserved'
             raise InputError(f'context_strategy.{limits}: too little for what {self.strategy.name} keeps ({held} tokens) and {new} more')
-        return length - self.cache.get_seq_length()
+        return length - self.memory.cache.get_seq_length()
 
     @torch.inference_mode()
     def push(self, image, user=()) -> StepResult:
@@ -127,38 +120,13 @@ class StreamRunner:
         heard = [t for text in user for t in layout.user(text)]
         dropped = self._make_room(len(heard) + len(layout.frame))
         pixels = frames_to_pixels(image[None], model.config.vision_config.image_size).to(model.device)
-        tokens = model.encode_frames(pixels)                                                # [1, N, D]
-        hidden, embeds = self._forward(self.pending + heard + layout.frame, tokens)
-        if self.memory is None:
-            spans = torch.tensor([self.prompt.step_spans], device=hidden.device)
-            self.memory = model.step_memory(hidden, embeds, spans)
-        told = torch.tensor(self.told[None, None].astype(np.int64), device=hidden.device)  # [1, 1, S]
-        out = model.heads(hidden[:, -1:], tokens[:, None].transpose(0, 1), self.memory, told)
-        self.pending = []
-        speak, update = (logits[0, 0].softmax(-1)[1].item() for logits in (out.speak_logits, out.update_logits))
-        states, pointer = (logits[0, 0].softmax(-1).float().cpu().numpy() for logits in (out.state_logits, out.pointer_logits))
-        if self.filter: after = self.filter(pointer)
-        else: after = states.argmax(-1).astype(np.int8) if update >= self.update_threshold else self.told
-        if (after != self.told).any(): self.pending += layout.update(self.told, after, self.names)
-        self.told = np.array(after)
-        text = self._say() if speak >= self.speak_threshold else None
+        answer = model.fast_greedy_generate_with_dst(
+            model.encode_frames(pixels), self.memory, layout, self.names, self._believe, heard=heard,
+            speak_threshold=self.speak_threshold, max_new_tokens=self.max_reply_tokens)
         latency_ms = (time.perf_counter() - began)*1e3
-        return StepResult(speak, update, states, pointer, self.told.copy(), text, self.cache.get_seq_length(), latency_ms, dropped)
+        return StepResult(**vars(answer), cache_tokens=self.memory.cache.get_seq_length(), latency_ms=latency_ms, dropped_tokens=dropped)
 
-    def _say(self) -> str:
-        "Greedy decoding of a reply after what is pending; leaves its end to be fed with the next frame."
-        ids, said = self.pending + self.layout.assistant_open, []
-        while len(said) < self.max_reply_tokens:
-            hidden, _ = self._forward(ids)
-            scores = self.model.lm_head(hidden[:, -1])                                      # [1, V]
-            token = int(scores.index_fill(-1, self.never_said, -torch.inf).argmax(-1))
-            if token == self.layout.end_id: break
-            said.append(token); ids = [token]
-        else: self._forward(ids)                          # the last word is in the cache too
-        self.pending = [self.layout.end_id] + self.layout.turn_end
-        return self.layout.decode(said)
-
-# %% ../nbs/11_stream.ipynb #86c654ea
+# %% ../nbs/11_stream.ipynb #6e6de724
 def stream_record(
     model: DSTSmolVLM, layout: StreamLayout,
     record: VideoRecord,      # its steps, goal, knowledge and user turns; the reference words and states are not looked at
@@ -192,7 +160,7 @@ def stream_record(
         steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=trace_frames, events=events,
         meta=dict(thresholds=thresholds, seed=seed, **(meta or {})))
 
-# %% ../nbs/11_stream.ipynb #d2cd4263
+# %% ../nbs/11_stream.ipynb #8baea3f1
 def given_thresholds(cfg) -> dict[str, float]:
     "Those of the two thresholds {speak, update} that the configuration gives."
     given = {head: cfg.eval[f'{head}_threshold'] for head in ('speak', 'update') if cfg.eval[f'{head}_threshold'] is not None}
@@ -207,7 +175,7 @@ def load_thresholds(cfg, checkpoint) -> dict[str, float]:
     except ValueError: raise InputError(f'{path}: not readable as JSON; remove it, or evaluate again') from None
     return dict(speak=.5, update=.5) | tuned | given_thresholds(cfg)
 
-# %% ../nbs/11_stream.ipynb #732281dd
+# %% ../nbs/11_stream.ipynb #2d3dbae9
 def pick_device(cfg) -> str:
     "`cfg.eval.device`, of which `auto` is a GPU if there is one."
     if cfg.eval.device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -230,7 +198,7 @@ def runner_options(cfg, model, thresholds) -> dict:
                 speak_threshold=thresholds['speak'], update_threshold=thresholds['update'],
                 filter_options=None if cfg.eval.filter is None else dict(cfg.eval.filter), max_reply_tokens=cfg.eval.max_reply_tokens)
 
-# %% ../nbs/11_stream.ipynb #9486b97f
+# %% ../nbs/11_stream.ipynb #4237432b
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -251,13 +219,13 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #77ae03fa
+# %% ../nbs/11_stream.ipynb #8ed36c78
 def name_of_video(video) -> str:
     "What a trace calls a file, a folder or an address; never with the user and password that an address may hold."
     address = urlsplit(str(video)) if '://' in str(video) else None
     return f'{address.hostname}{address.path}'.strip('/').replace('/', '_') if address else Path(video).stem
 
-# %% ../nbs/11_stream.ipynb #ac3e7267
+# %% ../nbs/11_stream.ipynb #44e42bd9
 def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     """Stream a video (a file, a folder of images at `cfg.eval.source_fps`, an address) at `cfg.eval.fps`; writes the trace to `out`.
     Frames are decoded while the model works, and few are held, however long the video is."""
@@ -276,7 +244,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg) -> Trace:
     write_trace(trace, out)
     return trace
 
-# %% ../nbs/11_stream.ipynb #77de6da0
+# %% ../nbs/11_stream.ipynb #514a8eb8
 USAGE = """usage: python -m dst_smolvlm.stream VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json [group.key=value] ...
 Streams a video (a file, an address, or a folder of images with eval.source_fps=…) through a trained model;
 leaves the trace, and its timeline as a picture beside it (TRACE.png)."""
@@ -300,5 +268,5 @@ def main(argv=None):
     changes = sum(e['type'] == 'state' for e in trace.events)
     print(f"{len(trace.frames)} frames, {len(trace.spoken)} replies, {changes} state changes; {options['out']} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #ec25eca0
+# %% ../nbs/11_stream.ipynb #32ac5539
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -26,7 +26,7 @@ def start(log, command, *args, env=(), daemon=True):
     return process
 
 
-def run(log, command, *args, ranks=1, env=()) -> int | list[int]:
+def run(log, command, *args, ranks=1, env=(), daemon=True) -> int | list[int]:
     "`start` and wait → the exit status, or minus the signal that killed it; for several `ranks`, started as torchrun does, one each."
     envs, logs = [dict(env)], [log]
     if ranks > 1:
@@ -36,9 +36,9 @@ def run(log, command, *args, ranks=1, env=()) -> int | list[int]:
         together = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
         envs = [dict(env) | together | dict(RANK=str(r), LOCAL_RANK=str(r)) for r in range(ranks)]
         logs = [log.with_name(f'{log.name}{r}') for r in range(ranks)]
-    processes = [start(log, command, *args, env=env) for log, env in zip(logs, envs)]
+    processes = [start(log, command, *args, env=env, daemon=daemon) for log, env in zip(logs, envs)]
     for log, process in zip(logs, processes):
-        process.join(120)
+        process.join(180)
         if process.is_alive(): process.kill(); raise TimeoutError(log.read_text())
     status = [process.exitcode for process in processes]
     return status if ranks > 1 else status[0]

@@ -1,13 +1,13 @@
 """A command that was killed and is given again ends as if nothing had happened, and never shows half a result."""
-import json, os, shutil, signal, time
+import json, os, resource, shutil, signal, time
 from pathlib import Path
 
 import psutil, pytest, torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
 import processes
-from dst_smolvlm import evaluate, train
+from dst_smolvlm import evaluate, model, train
 from dst_smolvlm.trace import read_trace
 
 # Two steps an epoch: the third is in the middle of the second epoch, where a resumed run has to find its place again. The rate rises.
@@ -16,12 +16,35 @@ FIVE_STEPS = [*processes.SMALL, 'data.train_videos=4', '++train.max_steps=5', '+
 BATCH = {1: ['++train.per_device_train_batch_size=2', '++train.use_cpu=true'], 2: ['++train.per_device_train_batch_size=1']}   # by ranks
 
 
+FULL_DISK = 'the disk is full'                                 # instead of a signal
+
+# What makes a resume hard: dropout, micro-batches, workers, streams dealt by length, and a log that is not written at every step. Four steps
+# an epoch; the checkpoint is in the middle of the second, and the kill two steps later.
+HARD = [*processes.SMALL, '++train.max_steps=10', '++train.lr_scheduler_type=cosine', '++train.warmup_steps=3', '++train.save_strategy=steps',
+        '++train.save_steps=5', '++train.logging_steps=2', '++train.gradient_accumulation_steps=2', '++train.dataloader_num_workers=2',
+        '++train.train_sampling_strategy=group_by_length', '++train.per_device_train_batch_size=1', '++train.eval_strategy=steps',
+        '++train.eval_steps=3', '++train.eval_videos=1', 'eval.max_reply_tokens=2']
+
+
+def with_dropout(command, *args):
+    "A command whose tiny models drop a tenth of their attention."
+    original = model.tiny_config
+    def config(*a, **kw):
+        made = original(*a, **kw)
+        made.text_config.attention_dropout = .1
+        return made
+    model.tiny_config = config
+    command(*args)
+
+
 def train_until(argv, owner, method, step, number):
     "The command, which sends itself the signal `number` when `method` of `owner` is called after so many steps (None: any)."
     running, init, original = [], Trainer.__init__, getattr(owner, method)
     def remember(self, *args, **kwargs): running.append(self); init(self, *args, **kwargs)
     def stop(self, *args, **kwargs):
-        if step in (None, running[0].state.global_step): os.kill(os.getpid(), number)
+        if step in (None, running[0].state.global_step):
+            if number == FULL_DISK: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+            else: os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
     Trainer.__init__ = remember
     setattr(owner, method, stop)
@@ -57,20 +80,76 @@ def test_killed_at_every_bad_moment(whole, tmp_path):
                            ((PreTrainedTokenizerBase, 'save_pretrained', None, signal.SIGKILL), kill)):
         assert trained(out, FIVE_STEPS, until=moment) == status, (out/'log').read_text()
         assert not (out/'checkpoint').exists()
+        if status == 130: assert 'checkpoint-4 is whole: the same command goes on from there' in (out/'log').read_text()
     assert trained(out, FIVE_STEPS) == 0, (out/'log').read_text()
     assert same_weights(weights(out), weights(whole))
     assert (out/'training_log.json').read_text().count('loss_lm') == 5
     assert not (out/'trainer').exists()
 
 
-def test_killed_with_two_ranks(tmp_path):
-    "Each finds its own half of the videos again. Three steps an epoch."
-    out, whole, argv = tmp_path/'out', tmp_path/'whole', [*FIVE_STEPS, 'data.train_videos=6']
-    assert trained(whole, argv, ranks=2) == [0, 0], (whole/'log0').read_text()
-    assert trained(out, argv, ranks=2, until=(Trainer, 'training_step', 4, signal.SIGKILL)) == [-signal.SIGKILL]*2
-    assert trained(out, argv, ranks=2) == [0, 0], (out/'log0').read_text()
-    a, b = weights(out), weights(whole)
-    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-6
+def curve(out):
+    "Everything that the log says of the learning; not of the time it took."
+    return [{k: v for k, v in h.items() if 'runtime' not in k and 'per_second' not in k}
+            for h in json.loads((out/'training_log.json').read_text()) if 'train_runtime' not in h]
+
+
+@pytest.mark.parametrize('ranks', (1, 2))
+def test_the_same_bits_after_a_kill(ranks, tmp_path):
+    "Killed in the middle of the second epoch and resumed: the whole curve of losses and evaluations and all weights, bit for bit."
+    out, whole = tmp_path/'out', tmp_path/'whole'
+    argv = [*HARD, f'data.train_videos={8*ranks}', 'data.validation_videos=2', *(['++train.use_cpu=true'] if ranks == 1 else [])]
+    start = dict(ranks=ranks, env=dict(ACCELERATE_USE_CPU='true') if ranks > 1 else {}, daemon=False)
+    for folder in (out, whole): folder.mkdir()
+    one = lambda status: status if ranks == 1 else [status]*ranks
+    kill = train_until, [*argv, f'output_dir={out}'], Trainer, 'training_step', 7, signal.SIGKILL
+    assert processes.run(out/'log', with_dropout, *kill, **start) == one(-signal.SIGKILL)
+    assert (out/'trainer'/'checkpoint-5').is_dir() and not (out/'checkpoint').exists()
+    for folder in (out, whole):
+        status = processes.run(folder/'log', with_dropout, train.main, [*argv, f'output_dir={folder}'], **start)
+        assert status == one(0), min(folder.glob('log*')).read_text()
+    assert 'goes on from' in min(out.glob('log*')).read_text()
+    assert [h['step'] for h in curve(whole) if 'loss' in h] == [2, 4, 5, 6, 8, 10]         # before the checkpoint, too
+    assert curve(out) == curve(whole)
+    assert same_weights(weights(out), weights(whole))
+
+
+def test_dropout_is_at_work(tmp_path):
+    "Else the test above would not test it."
+    argv = [*FIVE_STEPS, '++train.use_cpu=true']
+    for name, command in (('without', (train.main,)), ('with', (with_dropout, train.main))):
+        (tmp_path/name).mkdir()
+        assert processes.run(tmp_path/name/'log', *command, [*argv, f'output_dir={tmp_path/name}']) == 0
+    assert not same_weights(weights(tmp_path/'with'), weights(tmp_path/'without'))
+
+
+def test_full_disk(whole, tmp_path):
+    "In the middle of a checkpoint: one line that says so, the one before stays, and the run goes on from it when there is room."
+    out = tmp_path/'out'
+    assert trained(out, FIVE_STEPS, until=(Trainer, '_save_checkpoint', 3, FULL_DISK)) == 2
+    said = (out/'log').read_text().splitlines()[-1]
+    assert said.startswith('error: ') and 'the disk is full; stopped at step 3' in said and 'checkpoint-2 is whole: the same command goes on from there' in said
+    assert [p.name for p in (out/'trainer').glob('checkpoint-*')] == ['checkpoint-2']
+    assert trained(out, FIVE_STEPS) == 0, (out/'log').read_text()
+    assert same_weights(weights(out), weights(whole))
+
+
+def every_rank_before_the_last_file(argv):
+    "The command with a slow rank 1, and a look at what is there when rank 0 writes the file that makes a checkpoint whole."
+    save, write = Trainer._save_rng_state, TrainerState.save_to_json
+    def slow(self, folder):
+        if self.args.process_index == 1: time.sleep(1)
+        save(self, folder)
+    def look(self, path):
+        assert len(list(Path(path).parent.glob('rng_state_*.pth'))) == 2, 'a checkpoint that looks whole lacks the random numbers of a rank'
+        write(self, path)
+    Trainer._save_rng_state, TrainerState.save_to_json = slow, look
+    train.main(argv)
+
+
+def test_a_checkpoint_waits_for_every_rank(tmp_path):
+    argv = [*FIVE_STEPS, *BATCH[2], '++train.max_steps=1', f'output_dir={tmp_path/"out"}']
+    assert processes.run(tmp_path/'log', every_rank_before_the_last_file, argv, ranks=2, env=dict(ACCELERATE_USE_CPU='true')) == [0, 0], (
+        tmp_path/'log0').read_text()
 
 
 def test_a_finished_training_is_not_repeated(whole):

@@ -1,11 +1,13 @@
-"""The published 256M sizes, with random weights: what fits the tiny model by accident does not fit here."""
+"""The published sizes, with random weights: what fits the tiny model by accident does not fit here."""
 import math
 
 import pytest, torch
 from transformers import TrainerCallback
 
+from dst_smolvlm.config import compose_config
 from dst_smolvlm.dataset import StreamCollator
-from dst_smolvlm.model import DSTSmolVLM, DSTSmolVLMConfig, image_seq_len
+from dst_smolvlm.heads import PUBLISHED, published_config
+from dst_smolvlm.model import DSTSmolVLM, build_published, image_seq_len, load_model
 from dst_smolvlm.prompt import StreamLayout, layout_stream, tiny_tokenizer, toy_texts
 from dst_smolvlm.records import VideoRecord
 from dst_smolvlm.train import DSTTrainer, DSTTrainingArguments
@@ -20,15 +22,9 @@ def layout(): return StreamLayout(tiny_tokenizer(toy_texts()), tokens_per_frame=
 
 
 @pytest.fixture(scope='module')
-def model(layout):
+def model():
     "SmolVLM2-256M-Video-Instruct by its published config.json, with our heads and four tokens per frame."
-    text = dict(model_type='llama', vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000., rms_norm_eps=1e-5, tie_word_embeddings=False)
-    vision = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16)
-    torch.manual_seed(0)
-    return DSTSmolVLM(DSTSmolVLMConfig(text_config=text, vision_config=vision, scale_factor=4, tokens_per_frame=layout.tokens_per_frame,
-                                       tie_word_embeddings=False, image_token_id=layout.image_token_id,
-                                       pad_token_id=layout.tokenizer.pad_token_id))
+    return load_model(compose_config(['model=shape', 'model.size=256M']).model)[0]
 
 
 @pytest.fixture(scope='module')
@@ -59,6 +55,42 @@ def test_sizes(model):
     assert {name: tuple(head.weight.shape) for name, head in heads.named_children() if name.endswith('_head')} == dict(
         speaking_head=(2, 576), dst_update_head=(2, 576), dst_state_head=(3, 576))
     assert heads.query[0].weight.shape == (576, 4*576) and heads.key[0].weight.shape == (2*576, 576)
+
+
+@pytest.mark.parametrize('size, parameters, tokens', [('256M', 256_484_928, 64), ('500M', 507_482_304, 64), ('2.2B', 2_246_784_880, 81)])
+@pytest.mark.parametrize('mode', ['heads', 'lm_token'])
+def test_published_sizes(size, parameters, tokens, mode):
+    "As many parameters as the published weights; counted without memory for them, which the largest would need 9 GB of."
+    ids = dict(speak_token_id=5, update_token_id=6) if mode == 'lm_token' else {}
+    with torch.device('meta'): model = DSTSmolVLM(published_config(size, decision_mode=mode, **ids))
+    assert image_seq_len(model.config) == model.model.image_seq_len == model.tokens_per_frame == tokens
+    assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith('heads.')) == parameters
+    assert {name.split('.')[1] for name in model.state_dict() if name.startswith('heads.') and name.endswith('_head.weight')} == (
+        {'speaking_head', 'dst_update_head', 'dst_state_head'} if mode == 'heads' else {'dst_state_head'})
+    text, vision = model.config.text_config, model.config.vision_config
+    assert text.rope_parameters['rope_theta'] == (130000 if size == '2.2B' else 100000)
+    assert text.hidden_size % text.num_attention_heads == 0 and vision.image_size//vision.patch_size % model.config.scale_factor == 0
+    assert text.head_dim == 64 and text.max_position_embeddings == 8192
+
+
+@pytest.mark.parametrize('size, mode, tokens_per_frame', [('500M', 'heads', 4), ('2.2B', 'lm_token', 0)])
+def test_outputs_of_published_sizes(monkeypatch, size, mode, tokens_per_frame):
+    "Every shape that comes out, at the published widths; of the layers, which are all alike, only the first is built."
+    hub, text, vision, scale = PUBLISHED[size]
+    monkeypatch.setitem(PUBLISHED, size, (hub, text[:2] + (1,) + text[3:], vision[:2] + (1,) + vision[3:], scale))
+    model, layout = build_published(size, tokens_per_frame=tokens_per_frame, decision_mode=mode)
+    states = torch.from_numpy(RECORD.states()).long()
+    told = torch.cat([torch.zeros_like(states[:1]), states])
+    stream = layout_stream(layout, RECORD, told.numpy())
+    batch = {k: torch.tensor([v]) for k, v in dict(input_ids=stream.ids, labels=stream.labels, frame_positions=stream.frame_positions,
+                                                   step_spans=stream.step_spans).items()}
+    side = model.config.vision_config.image_size
+    with torch.no_grad(): out = model(**batch, told=told[None, :2], pixel_values=torch.randn(2, 3, side, side))
+    assert {k: tuple(v.shape) for k, v in out.items() if k != 'lm_logits'} == dict(
+        speak_logits=(1, 2, 2), update_logits=(1, 2, 2), pointer_logits=(1, 2, 4), state_logits=(1, 2, 3, 3),
+        lm_targets=(sum(label != -100 for label in stream.labels),))
+    assert out.lm_logits.shape == (len(out.lm_targets), 49280) and all(v.isfinite().all() for v in out.values())
+    assert stream.ids.count(layout.image_token_id) == 2*(tokens_per_frame or image_seq_len(model.config))
 
 
 def test_one_training_step(model, layout, item, tmp_path):
