@@ -14,14 +14,13 @@ from statistics import median
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image, ImageDraw
 
 from dst_smolvlm.config import atomic_write, compose_config, environment, run_cli
-from dst_smolvlm.dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load_scenes
-from dst_smolvlm.model import load_model
+from dst_smolvlm.dataset import DSTStreamDataset
 from dst_smolvlm.render import COLOURS, _look, _path
-from dst_smolvlm.train import DSTTrainer, training_arguments
+from dst_smolvlm.train import make_trainer
+from dst_smolvlm.trainer import DSTTrainer, training_arguments
 from dst_smolvlm.world import Scene, WorldConfig, in_hand, make_scene, render_frame
 
 SKIN, SKIN_EDGE, DARK, EDGE = (222, 174, 140), (150, 100, 80), (60, 60, 60), (20, 20, 20)
@@ -122,13 +121,9 @@ def trainer_of(workers: int, steps: int):
     cfg = compose_config([f'++train.dataloader_num_workers={workers}', f'train.max_steps={steps}', '++train.save_strategy=no',
                           '++train.disable_tqdm=true', '++train.logging_strategy=no', '++train.use_cpu=true'])
     with tempfile.TemporaryDirectory() as out:
-        args = training_arguments(cfg, Path(out))
-        transformers.set_seed(args.seed)
-        model, layout = load_model(cfg.model, seed=args.seed)
-        data = DSTStreamDataset(load_scenes(cfg.data, 'train'), layout, model.config.vision_config.image_size, args.max_seq_len,
-                                args.corrupt_told, args.drop_replies, args.from_middle, args.negative_keep,
-                                args.dialogues, args.glimpses, load_glimpse_scenes(cfg.data), args.frame_grad, args.seed)
-        yield TimedTrainer(model=model, args=args, train_dataset=data, data_collator=StreamCollator(layout.tokenizer.pad_token_id))
+        trainer = make_trainer(cfg, training_arguments(cfg, Path(out)))
+        trainer.__class__ = TimedTrainer
+        yield trainer
 
 
 def drawn_in(data: DSTStreamDataset, batch: range) -> float:

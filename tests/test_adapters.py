@@ -1,31 +1,28 @@
 """LoRA, frozen parts and rates: nothing that learned is lost, nothing frozen moves, and a run that goes on is as if it never stopped."""
-import copy, os, pickle
-from dataclasses import dataclass
+import copy, json, os, pickle, signal
 from pathlib import Path
 
 import peft, pytest, torch
 from safetensors import safe_open
-from transformers import Trainer, TrainerCallback
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 import processes
-from dst_smolvlm import adapters
-from dst_smolvlm.adapters import (AdapterConfig, AdapterTraining, adapt, add_lora, load_adapter, merged, parameter_groups, part_of,
-                                  part_sizes, quantization, save_adapter)
-from dst_smolvlm.config import InputError
+from dst_smolvlm import adapters, lora, train
+from dst_smolvlm.adapters import adapt, quantization
+from dst_smolvlm.config import InputError, compose_config
 from dst_smolvlm.dataset import DSTStreamDataset, StreamCollator, ToyScenes
+from dst_smolvlm.learning import AdapterConfig, parameter_groups, part_of, part_sizes
+from dst_smolvlm.lora import add_lora, load_adapter, merged, save_adapter
 from dst_smolvlm.model import DSTSmolVLM, build_tiny, load_pretrained, save_model, tiny_config
 from dst_smolvlm.stream import stream_record
 from dst_smolvlm.trainer import DSTTrainer, DSTTrainingArguments
+from test_interrupted import same_weights, train_until, weights
 
 SMALL = dict(hidden_size=32, layers=2, vision_size=32, image_size=64)
 LORA = dict(lora_rank=4, lora_alpha=8., lora_dropout=.1)
 
 
-@dataclass
-class Arguments(DSTTrainingArguments, AdapterConfig): pass
-
-
-TheTrainer = DSTTrainer if issubclass(DSTTrainer, AdapterTraining) else type('TheTrainer', (AdapterTraining, DSTTrainer), {})
 PlainTrainer = type('PlainTrainer', (DSTTrainer,), {k: getattr(Trainer, k) for k in ('create_optimizer', '_save', '_load_from_checkpoint')})
 
 
@@ -41,10 +38,10 @@ def moved(model, seed=0):
     return model
 
 
-def trainer(out, kind=TheTrainer, model=None, steps=5, callbacks=None, **options):
+def trainer(out, kind=DSTTrainer, model=None, steps=5, callbacks=None, **options):
     options = dict(max_steps=steps, save_steps=1, learning_rate=1e-3, per_device_train_batch_size=2, logging_steps=1, weight_decay=.01,
                    use_cpu=True, disable_tqdm=True, save_strategy='steps', seed=0, lr_scheduler_type='linear') | options
-    args = Arguments(output_dir=str(out), **options)
+    args = DSTTrainingArguments(output_dir=str(out), **options)
     built, layout = small()
     torch.manual_seed(1)
     model = adapt(built, args) if model is None else model
@@ -107,7 +104,7 @@ def test_peft_reads_our_folder(tmp_path):
     assert not torch.allclose(outputs(small()[0], layout), outputs(trained, layout), atol=1e-2)
 
 
-@pytest.mark.parametrize('parts', [['heads'], ['heads', 'embeddings'], ['vision', 'connector', 'embeddings', 'heads'], []])
+@pytest.mark.parametrize('parts', [['vision', 'connector', 'embeddings', 'heads'], []])
 def test_everything_that_moved_is_in_the_folder(tmp_path, parts):
     cfg = AdapterConfig(**LORA, lora_train=parts)
     trained = moved(add_lora(small()[0], cfg))
@@ -144,7 +141,7 @@ def test_a_killed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     save_adapter(trained, tmp_path/'a')
     before = {p.name: p.read_bytes() for p in (tmp_path/'a').iterdir()}
     def fail(*args, **kwargs): raise OSError('disk full')
-    monkeypatch.setattr(adapters, 'save_file', fail)
+    monkeypatch.setattr(lora, 'save_file', fail)
     with pytest.raises(OSError): save_adapter(moved(trained), tmp_path/'a')
     assert {p.name: p.read_bytes() for p in (tmp_path/'a').iterdir()} == before
     assert os.listdir(tmp_path) == ['a']
@@ -217,18 +214,18 @@ def test_what_learns_unasked_is_not_lost_silently(tmp_path):
 
 
 def test_without_the_packages(monkeypatch):
-    monkeypatch.setattr(adapters, 'find_spec', lambda name: None)
+    monkeypatch.setattr(lora, 'find_spec', lambda name: None)
     with pytest.raises(InputError, match=r'pip install .dst_smolvlm\[lora\]'): add_lora(small()[0], AdapterConfig(**LORA))
-    monkeypatch.setattr(adapters, 'find_spec', lambda name: name == 'peft' or None)
+    monkeypatch.setattr(lora, 'find_spec', lambda name: True)
+    monkeypatch.setattr(adapters, 'find_spec', lambda name: None)
     with pytest.raises(InputError, match=r'pip install .dst_smolvlm\[qlora\]'): quantization(AdapterConfig(**LORA, qlora=True))
 
 
 # Training
 
 @pytest.mark.parametrize('options', [
-    LORA, LORA | dict(gradient_checkpointing=True), LORA | dict(lora_train=['heads'], gradient_checkpointing=True),
-    LORA | dict(learning_rates=dict(lora=1e-2, heads=3e-3)), dict(freeze_vision=True, learning_rates=dict(heads=1e-2))],
-    ids=['lora', 'checkpointing', 'frozen embeddings', 'rates', 'no lora'])
+    LORA | dict(learning_rates=dict(lora=1e-2, heads=3e-3)), LORA | dict(lora_train=['heads'], gradient_checkpointing=True),
+    dict(freeze_vision=True, learning_rates=dict(heads=1e-2))], ids=['rates', 'frozen embeddings, checkpointing', 'no lora'])
 def test_going_on_is_exact(tmp_path, options):
     "With dropout, from the third of five steps, in the middle of an epoch: bit for bit."
     whole = trainer(tmp_path/'whole', **options)
@@ -251,14 +248,13 @@ def test_frozen_stays_and_everything_else_moves(tmp_path):
         assert torch.equal(p, old) != p.requires_grad, name
 
 
-@pytest.mark.parametrize('parts', [['heads', 'embeddings'], ['heads']])
-def test_every_gradient_is_there_and_checkpointing_changes_none(tmp_path, parts):
+def test_every_gradient_is_there_and_checkpointing_changes_none(tmp_path):
     "Frozen embeddings and reentrant checkpointing are the known ways to lose those of the first layers."
     found = []
     checkpointing = dict(gradient_checkpointing=True)
     for kind in ({}, checkpointing, checkpointing | dict(gradient_checkpointing_kwargs=dict(use_reentrant=True))):
         gradients = Gradients()
-        t = trainer(tmp_path, **LORA, lora_train=parts, steps=2, save_strategy='no', callbacks=[gradients], **kind)
+        t = trainer(tmp_path, **LORA, lora_train=['heads'], steps=2, save_strategy='no', callbacks=[gradients], **kind)
         t.train()
         assert gradients.steps[-1].keys() == {n for n, p in t.model.named_parameters() if p.requires_grad}
         assert all(g.abs().sum() > 0 for n, g in gradients.steps[-1].items() if 'lora_' in n)
@@ -276,15 +272,6 @@ def test_a_frozen_tower_is_no_part_of_the_graph(tmp_path):
     t = trainer(tmp_path, **frozen, gradient_checkpointing=True, steps=1)
     t.train()
     assert t.model.is_activation_checkpointing and not t.model.encode_frames(torch.randn(1, 3, 64, 64)).requires_grad
-
-
-def test_the_best_checkpoint_comes_back(tmp_path):
-    t = trainer(tmp_path, **LORA, steps=2)
-    t.train()
-    first = load_adapter(adapt(small()[0], t.args), tmp_path/'checkpoint-1')
-    t.state.best_model_checkpoint = str(tmp_path/'checkpoint-1')
-    t._load_best_model()
-    assert same(t.model, first)
 
 
 def test_streams_while_it_trains(tmp_path):
@@ -319,24 +306,56 @@ def test_merged_is_plain_and_leaves_the_model(tmp_path):
     with pytest.raises(InputError, match='weights are missing'): load_pretrained(save_model(trained, layout, tmp_path/'unmerged'))
 
 
-def two_ranks(out, resume=None):
-    t = trainer(out, **LORA, learning_rates=dict(lora=1e-2), per_device_train_batch_size=1, gradient_checkpointing=True,
-                ddp_find_unused_parameters=False)
-    assert t.accelerator.num_processes == 2
-    t.train(resume_from_checkpoint=resume)
-    sums = t.accelerator.gather(torch.stack([p.detach().double().sum() for p in t.model.parameters()]).sum()[None])
-    assert sums[0] == sums[1], 'the ranks hold different weights'
-    if t.is_world_process_zero(): save_adapter(t.model, f'{out}/last')
-    torch.distributed.destroy_process_group()
+# The command
+
+# Evaluated by streaming after the second and the fourth step. The best is asked to be the one with the greatest loss, and not what the
+# training ends with.
+COMMAND = [*processes.SMALL, 'data.train_videos=4', 'data.validation_videos=2', '++train.lora_rank=4', '++train.lora_dropout=.1',
+           '++train.learning_rates.lora=1e-2', '++train.max_steps=4', '++train.save_strategy=steps', '++train.save_steps=2',
+           '++train.eval_strategy=steps', '++train.eval_steps=2', 'eval.max_reply_tokens=1',
+           'data.world.max_steps=3', 'data.world.max_idle=4', '++train.load_best_model_at_end=true',
+           '++train.metric_for_best_model=eval_loss', '++train.greater_is_better=true']
+BY_RANKS = {1: ['++train.per_device_train_batch_size=2', '++train.eval_videos=1', '++train.use_cpu=true'],
+            2: ['++train.per_device_train_batch_size=1', '++train.eval_videos=2', '++train.gradient_checkpointing=true']}
 
 
-def test_two_ranks_go_on_exactly(tmp_path):
-    for name, resume in (('whole', None), ('resumed', str(tmp_path/'whole'/'checkpoint-3'))):
-        env = dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
-        status = processes.run(tmp_path/'log', two_ranks, str(tmp_path/name), resume, ranks=2, env=env)
-        assert status == [0, 0], (tmp_path/'log0').read_text()
-    whole, resumed = (load_adapter(small()[0], tmp_path/name/'last') for name in ('whole', 'resumed'))
-    for (name, a), b in zip(whole.named_parameters(), resumed.parameters()): assert torch.allclose(a, b, atol=1e-6), name
+def command(out, ranks, *moment):
+    "Run it, or run it until it kills itself at this moment; → what it printed and the exit status of rank 0."
+    out.mkdir(exist_ok=True)
+    argv = [*COMMAND, *BY_RANKS[ranks], f'output_dir={out}']
+    call = (train_until, argv, *moment, signal.SIGKILL) if moment else (train.main, argv)
+    env = dict(OMP_NUM_THREADS='1') | (dict(ACCELERATE_USE_CPU='true') if ranks > 1 else {})
+    status = processes.run(out/'log', *call, ranks=ranks, env=env)
+    return min(out.glob('log*')).read_text(), status if ranks == 1 else status[0]
+
+
+@pytest.mark.parametrize('ranks', (1, 2))
+def test_the_command_goes_on_exactly_and_leaves_the_best(ranks, tmp_path):
+    "Killed in the middle, with dropout, and by one rank again in its last save: the bits of a run that nobody stopped."
+    whole, out = tmp_path/'whole', tmp_path/'out'
+    log, status = command(whole, ranks)
+    assert status == 0, log
+    assert command(out, ranks, Trainer, 'training_step', 3)[1] == -signal.SIGKILL
+    files = {p.name for p in (out/'trainer'/'checkpoint-2').iterdir()}
+    assert 'adapter_model.safetensors' in files and 'model.safetensors' not in files
+    second = load_file(out/'trainer'/'checkpoint-2'/'adapter_model.safetensors')
+    if ranks == 1:
+        assert command(out, ranks, PreTrainedTokenizerBase, 'save_pretrained', None)[1] == -signal.SIGKILL
+        assert not (out/'checkpoint').exists()
+    log, status = command(out, ranks)
+    assert status == 0 and (ranks == 1 or 'goes on from' in log), log
+    assert same_weights(weights(out), weights(whole))
+    assert same_weights(load_file(out/'adapter'/'adapter_model.safetensors'), second)
+    losses = [h['eval_loss'] for h in json.loads((out/'training_log.json').read_text()) if 'eval_stream_slot_accuracy' in h]
+    assert len(losses) == 2 and losses[0] > losses[1]
+
+    kept, layout = load_pretrained(out/'checkpoint')
+    base = build_tiny({key: compose_config(COMMAND).model[key] for key in SMALL}, seed=0)[0]
+    moved = {part_of(n) for (n, p), q in zip(base.named_parameters(), kept.parameters(), strict=True) if not torch.equal(p, q)}
+    assert moved == {'text', 'heads', 'embeddings'}
+    assert same(merged(load_adapter(base, out/'adapter')), kept)
+    scene = ToyScenes('test', length=1)[0]
+    assert len(stream_record(kept, layout, scene.record, scene.frames(0, 8), max_reply_tokens=2).frames) == 8
 
 
 # Rates

@@ -2,7 +2,7 @@
 
 One short stream is learned by heart. Who then streams it must hear the words of the record, at their frames, each ended; a model that
 was taught with one of the mistakes does not say them."""
-import tempfile
+import os, tempfile
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from dst_smolvlm.stream import stream_record
 from dst_smolvlm.trainer import DSTTrainer, DSTTrainingArguments
 from dst_smolvlm.world import WorldConfig
 
-SCENE = ToyScenes('train', 1, 0, WorldConfig(min_steps=2, max_steps=2, min_carry=3, max_carry=4, min_idle=2, max_idle=3, mistakes=0, questions=0))
+WORLD = WorldConfig(min_steps=2, max_steps=2, min_carry=3, max_carry=4, min_idle=2, max_idle=3, mistakes=0, questions=0)
+SCENE = ToyScenes('train', 1, 0, WORLD)
 
 
 class Taught(DSTStreamDataset):
@@ -32,8 +33,9 @@ def learn_by_heart(mistake=None, steps=60):
     model, layout = build_tiny(dict(hidden_size=64, layers=2))
     data = Taught(SCENE, layout, 64, from_middle=0, corrupt_told=0, drop_replies=0, dialogues=0, glimpses=0)
     if mistake: data.mistake = mistake
-    args = DSTTrainingArguments(output_dir=tempfile.mkdtemp() + '/trainer', max_steps=steps, per_device_train_batch_size=1, learning_rate=4e-3,
-                                adam_beta2=.99, use_cpu=True, disable_tqdm=True, save_strategy='no', logging_steps=steps)
+    args = DSTTrainingArguments(output_dir=tempfile.mkdtemp() + '/trainer', max_steps=steps, per_device_train_batch_size=1,
+                                learning_rate=4e-3, adam_beta2=.99, use_cpu=True, disable_tqdm=True, save_strategy='no',
+                                logging_steps=steps)
     trainer = DSTTrainer(model=model, args=args, train_dataset=data, data_collator=StreamCollator(layout.tokenizer.pad_token_id))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -71,7 +73,7 @@ def test_labels_shifted_twice(model):
     with torch.no_grad(): out = ours(**model_inputs(batch))
     assert (out.lm_logits.argmax(-1) == out.lm_targets).float().mean() > .95
     labelled = batch['labels'][0] != -100
-    assert torch.equal(out.lm_targets, batch['input_ids'][0][labelled])                # the labels are the tokens themselves, in their places
+    assert torch.equal(out.lm_targets, batch['input_ids'][0][labelled])         # the labels are the tokens themselves, in their places
 
 
 def test_the_end_is_never_taught(model):
@@ -122,14 +124,14 @@ def test_a_batch_without_positives_is_not_nan():
 
 def seed_by_rank(argv):
     "The command, in which every rank draws other weights, as where the seed is never set."
-    import os, transformers
-    original = transformers.set_seed
-    transformers.set_seed = lambda seed: original(seed + int(os.environ['RANK']))
+    original = train.load_model
+    train.load_model = lambda cfg, seed, **kwargs: original(cfg, seed + int(os.environ['RANK']), **kwargs)
     train.main(argv)
 
 
 def test_unsynchronised_ranks(tmp_path):
     "Two processes whose weights differ from the start are refused, before the first step. (Two that never meet: test_two_processes.)"
-    argv = [*processes.SMALL, 'data.train_videos=4', '++train.max_steps=1', f'output_dir={tmp_path/"out"}', '++train.per_device_train_batch_size=1']
+    argv = [*processes.SMALL, 'data.train_videos=4', '++train.max_steps=1', f'output_dir={tmp_path/"out"}',
+            '++train.per_device_train_batch_size=1']
     assert processes.run(tmp_path/'log', seed_by_rank, argv, ranks=2, env=dict(ACCELERATE_USE_CPU='true')) == [2, 2]
     assert 'the ranks hold different weights' in (tmp_path/'log0').read_text()
