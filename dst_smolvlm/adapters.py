@@ -6,7 +6,7 @@
 __all__ = ['adapt', 'quantization', 'FrozenStaysFrozen', 'AdapterTraining', 'AdapterConfig', 'check_rates', 'part_sizes',
            'is_adapted', 'load_adapter', 'merged', 'save_adapter']
 
-# %% ../nbs/09_adapters.ipynb #4ae3f0f5
+# %% ../nbs/09_adapters.ipynb #6f63c559
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +19,7 @@ from .model import DSTSmolVLM
 
 _all_ = ['AdapterConfig', 'check_rates', 'part_sizes', 'is_adapted', 'load_adapter', 'merged', 'save_adapter']   # a training needs them
 
-# %% ../nbs/09_adapters.ipynb #d7ea15a2
+# %% ../nbs/09_adapters.ipynb #05e04735
 def adapt(model:DSTSmolVLM, cfg:AdapterConfig) -> DSTSmolVLM:
     "Freeze parts of the model or put LoRA into it, as the configuration says; in place."
     if cfg.qlora and not cfg.lora_rank: raise InputError('qlora=true: 4-bit weights cannot learn; set lora_rank, for example to 16')
@@ -27,7 +27,7 @@ def adapt(model:DSTSmolVLM, cfg:AdapterConfig) -> DSTSmolVLM:
     freeze(model, frozen_parts(cfg))
     return model
 
-# %% ../nbs/09_adapters.ipynb #ce05949b
+# %% ../nbs/09_adapters.ipynb #e81328f8
 def quantization(cfg:AdapterConfig) -> dict:
     """What `from_pretrained` needs for the 4-bit weights of a configuration: nothing, if it has none. They are computed with in the
     precision of `cfg.bf16` or `cfg.fp16`, else in float32. Raises `InputError` where it cannot be done."""
@@ -43,14 +43,14 @@ def quantization(cfg:AdapterConfig) -> dict:
                                 llm_int8_skip_modules=['model.vision_model', 'model.connector', 'lm_head', 'heads'])
     return dict(quantization_config=config)
 
-# %% ../nbs/09_adapters.ipynb #17127ac4
+# %% ../nbs/09_adapters.ipynb #4d00aa58
 class FrozenStaysFrozen(TrainerCallback):
     "Takes back that gradient checkpointing wants gradients from what is frozen."
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         reentrant = (args.gradient_checkpointing_kwargs or {}).get('use_reentrant', False)
         if args.gradient_checkpointing and not reentrant: model.disable_input_require_grads()
 
-# %% ../nbs/09_adapters.ipynb #6e9438ba
+# %% ../nbs/09_adapters.ipynb #ec688598
 class AdapterTraining:
     "For a `Trainer` whose arguments are also an `AdapterConfig`: class MyTrainer(AdapterTraining, Trainer)."
     def __init__(self, model=None, args=None, *rest, **kwargs):

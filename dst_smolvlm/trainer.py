@@ -6,7 +6,7 @@
 __all__ = ['DSTTrainingArguments', 'training_arguments', 'Bookkeeping', 'save_batches', 'load_batches', 'compile_layers',
            'DSTTrainer', 'check_ranks', 'last_whole_checkpoint', 'LivePlot']
 
-# %% ../nbs/09_trainer.ipynb #6acaf8ad
+# %% ../nbs/09_trainer.ipynb #095a9f8d
 import json, math, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ from .dataset import LengthGroupedSampler, model_inputs
 from .loss import COUNTS, PARTS, LossConfig, loss_counts, multitask_loss
 from .model import save_model
 
-# %% ../nbs/09_trainer.ipynb #a9eed59b
+# %% ../nbs/09_trainer.ipynb #aa36134a
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, what learns, how streams become rows, how a run is watched."
@@ -46,7 +46,7 @@ class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     logging_nan_inf_filter: bool = False               # a NaN is an error here, nothing to be averaged away
     report_to: str = 'none'
 
-# %% ../nbs/09_trainer.ipynb #7ba544e6
+# %% ../nbs/09_trainer.ipynb #41a23fa6
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values, known = OmegaConf.to_container(cfg.train), {f.name for f in fields(DSTTrainingArguments)}
@@ -61,7 +61,7 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     except (ValueError, TypeError, ImportError) as e:
         raise InputError(f'train: {e}' + (' Or add train.bf16=false' if 'bf16' in str(e) else '')) from None
 
-# %% ../nbs/09_trainer.ipynb #2bb7856f
+# %% ../nbs/09_trainer.ipynb #49e9571e
 class Bookkeeping(TrainerCallback):
     "Tells the dataset its epoch, and logs before every checkpoint, so that a resumed run writes the same log."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -69,7 +69,7 @@ class Bookkeeping(TrainerCallback):
     def log_before_save(self, args, state, control, **kwargs): control.should_log |= control.should_save
     on_step_end = on_epoch_end = log_before_save
 
-# %% ../nbs/09_trainer.ipynb #88352d54
+# %% ../nbs/09_trainer.ipynb #64e697b5
 def save_batches(batches, folder, facts:dict):
     "Leave micro-batches in `folder` (safetensors; the rest in facts.json), for a look with `load_batches`."
     folder = Path(folder)
@@ -83,7 +83,7 @@ def load_batches(folder) -> list[dict]:
     records = json.loads((Path(folder)/'facts.json').read_text())['records']
     return [load_file(Path(folder)/f'batch-{i}.safetensors') | dict(records=names) for i, names in enumerate(records)]
 
-# %% ../nbs/09_trainer.ipynb #aa9b8035
+# %% ../nbs/09_trainer.ipynb #036432d5
 def compile_layers(model, args):
     "Compile what is repeated, instead of what `torch_compile` means to the library."
     options = dict(backend=args.torch_compile_backend or 'inductor', mode=args.torch_compile_mode)
@@ -91,7 +91,7 @@ def compile_layers(model, args):
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for key in [k for k in os.environ if k.startswith('ACCELERATE_DYNAMO_')]: del os.environ[key]
 
-# %% ../nbs/09_trainer.ipynb #bf999ba6
+# %% ../nbs/09_trainer.ipynb #88dbaed8
 class DSTTrainer(AdapterTraining, Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name; stops at a loss that is not finite."
     def __init__(self, model=None, args=None, *rest, watch=None, layout=None, **kwargs):
@@ -187,7 +187,7 @@ class DSTTrainer(AdapterTraining, Trainer):
             self._parts, self._logged_at = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_trainer.ipynb #e6a431d7
+# %% ../nbs/09_trainer.ipynb #1c64d6f0
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -203,7 +203,7 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_trainer.ipynb #4004f12a
+# %% ../nbs/09_trainer.ipynb #0881be22
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -212,7 +212,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_trainer.ipynb #dab573c9
+# %% ../nbs/09_trainer.ipynb #44fae0b1
 class LivePlot(TrainerCallback):
     "Draws the log of a training in the notebook while it runs: `DSTTrainer(..., callbacks=[LivePlot()])`."
     def __init__(self, every:int=1): self.every, self.seen, self.shown = every, 0, None
@@ -227,6 +227,7 @@ class LivePlot(TrainerCallback):
                 points, label = [(h['step'], h[key]) for h in log if key in h], part if style == '-' else None
                 if points: axes[0, 0].plot(*zip(*points), style, marker='.', c=f'C{PARTS.index(part)}', label=label)
         axes[0, 0].set(yscale='log', ylabel='loss (dotted: validation)')
+        axes[0, 0].yaxis.set_minor_formatter('')
         axes[0, 0].legend(ncols=5, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1), frameon=False)
         for key in streamed:
             axes[-1, 0].plot(*zip(*[(h['step'], h[key]) for h in log if key in h]), marker='o', label=key[12:].replace('_', ' '))
