@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'TEXT', 'VISION', 'PUBLISHED', 'DSTSmolVLMConfig', 'check_
            'published_config', 'pool_tokens', 'StepMemory', 'HeadsOutput', 'in_float32', 'Linear32', 'LayerNorm32',
            'DSTHeads', 'decision_tokens']
 
-# %% ../nbs/05_heads.ipynb #2bf870fa
+# %% ../nbs/05_heads.ipynb #22f85eea
 import math
 from dataclasses import dataclass
 from functools import wraps
@@ -22,7 +22,7 @@ from .config import InputError
 from .prompt import StreamLayout
 from .state import IN_PROGRESS
 
-# %% ../nbs/05_heads.ipynb #2a2bd1cb
+# %% ../nbs/05_heads.ipynb #a01a0a1b
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
@@ -42,7 +42,7 @@ def check_choices(**given):
     for key, value in given.items():
         if value not in CHOICES[key]: raise InputError(f"{key}={value}: choose '{CHOICES[key][0]}' or '{CHOICES[key][1]}'")
 
-# %% ../nbs/05_heads.ipynb #f7a38668
+# %% ../nbs/05_heads.ipynb #83652411
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
                 image_size:int=64, scale_factor:int=8, vision_layers:int=2, **choices) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
@@ -55,12 +55,12 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
                             image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True,
                             **choices)
 
-# %% ../nbs/05_heads.ipynb #2a0c3467
+# %% ../nbs/05_heads.ipynb #e8a1931a
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_heads.ipynb #cdd2de1c
+# %% ../nbs/05_heads.ipynb #8702dc31
 TEXT = 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'rope_theta'
 VISION = 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size'
 PUBLISHED = {   # size → hub name, text model, vision tower, scale factor
@@ -83,7 +83,7 @@ def published_config(
     return DSTSmolVLMConfig(text_config=text, vision_config=dict(zip(VISION, vision)), scale_factor=scale_factor, tie_word_embeddings=False,
                             tokens_per_frame=tokens_per_frame, image_token_id=image_token_id, pad_token_id=pad_token_id, **choices)
 
-# %% ../nbs/05_heads.ipynb #f650c628
+# %% ../nbs/05_heads.ipynb #6d8bf367
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -93,7 +93,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_heads.ipynb #890534cb
+# %% ../nbs/05_heads.ipynb #12cc3224
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -111,7 +111,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_heads.ipynb #69122239
+# %% ../nbs/05_heads.ipynb #e5c48e3f
 def in_float32(method):
     "A method whose first argument is a tensor, outside of automatic mixed precision."
     @wraps(method)
@@ -119,7 +119,7 @@ def in_float32(method):
         with torch.autocast(x.device.type, enabled=False): return method(self, x, *args, **kwargs)
     return call
 
-# %% ../nbs/05_heads.ipynb #957e2f9c
+# %% ../nbs/05_heads.ipynb #1c728ae2
 class Linear32(nn.Linear):
     "A linear layer that computes in float32, whatever its weights are kept in."
     def forward(self, x): return F.linear(x.float(), self.weight.float(), self.bias.float())
@@ -128,7 +128,7 @@ class LayerNorm32(nn.LayerNorm):
     "Likewise."
     def forward(self, x): return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
-# %% ../nbs/05_heads.ipynb #27e8e857
+# %% ../nbs/05_heads.ipynb #dfb9a90b
 class DSTHeads(nn.Module):
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     def __init__(self, config):
@@ -199,7 +199,7 @@ class DSTHeads(nn.Module):
         same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
         return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
 
-# %% ../nbs/05_heads.ipynb #f7a534d9
+# %% ../nbs/05_heads.ipynb #7f4f1731
 def decision_tokens(layout:StreamLayout) -> dict[str, int]:
     "The first tokens of an assistant's turn and of a state turn, as the configuration calls them; they and a user's must differ."
     firsts = dict(user=layout.user('?')[0], speak=layout.assistant_open[0], update=layout.update([0], [1], ['?'])[0])

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['READINGS', 'MASKED', 'pack_rows', 'block_mask', 'how_to_read', 'read_packed', 'read_rows']
 
-# %% ../nbs/04_rows.ipynb #cb3e7d51
+# %% ../nbs/04_rows.ipynb #628bed9c
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .config import InputError
 
-# %% ../nbs/04_rows.ipynb #d804e4fe
+# %% ../nbs/04_rows.ipynb #61d31ede
 def pack_rows(
     lengths: list[int],   # tokens of every stream
     limit: int,           # tokens of a row; a longer stream gets a row of its own
@@ -25,7 +25,7 @@ def pack_rows(
         else: rows[fits].append(i); free[fits] -= lengths[i]
     return sorted(sorted(row) for row in rows)
 
-# %% ../nbs/04_rows.ipynb #f1a44e82
+# %% ../nbs/04_rows.ipynb #4f2d4650
 def block_mask(
     streams: torch.Tensor,            # [R, W] number of the stream that each token belongs to
     dtype: torch.dtype|None = None,   # None: booleans (sdpa); else numbers of this type that are added to the scores (eager)
@@ -35,7 +35,7 @@ def block_mask(
     if dtype is None: return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=streams.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
-# %% ../nbs/04_rows.ipynb #ac22a252
+# %% ../nbs/04_rows.ipynb #c1633d96
 READINGS = 'auto', 'alone', 'padded', 'packed'
 MASKED = 'sdpa', 'eager'             # the attention functions of the library that take a 4-D mask
 
@@ -47,7 +47,7 @@ def how_to_read(reading:str, device:str, attention:str) -> str:
     if reading != 'auto': return reading
     return 'alone' if device == 'cpu' else 'packed' if attention in MASKED else 'padded'
 
-# %% ../nbs/04_rows.ipynb #1c255b61
+# %% ../nbs/04_rows.ipynb #15ce66aa
 def read_packed(text_model, embeds, sizes:list[int], limit:int) -> torch.Tensor:
     "Hidden states [B, L, D] of the first `sizes` [B] tokens of every stream, read in rows of at most `limit` tokens."
     rows, L = pack_rows(sizes, limit), embeds.shape[1]
@@ -67,7 +67,7 @@ def read_packed(text_model, embeds, sizes:list[int], limit:int) -> torch.Tensor:
         back |= {i: F.pad(part, (0, 0, 0, L - sizes[i])) for i, part in zip(row, parts)}
     return torch.stack([back[i] for i in range(len(sizes))])
 
-# %% ../nbs/04_rows.ipynb #cf43d876
+# %% ../nbs/04_rows.ipynb #7f119953
 def read_rows(
     text_model,                # the language model, of `inputs_embeds` [R, W, D]
     embeds: torch.Tensor,      # [B, L, D] input embeddings, padded on the right

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'USAGE', 'StreamingValidation', 'open_store', 'validation_
            'longest_row', 'dry_run', 'show_dry_run', 'same_run', 'move_aside', 'disk_is_full', 'how_to_go_on', 'finish',
            'run', 'training_facts', 'gather_weights', 'save_result', 'train', 'main']
 
-# %% ../nbs/13_train.ipynb #d8a08202
+# %% ../nbs/13_train.ipynb #bb47d364
 import errno, itertools, json, math, os, shutil, tempfile
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .model import load_model, save_model
 from .stream import runner_options, stream_record
 from .trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
 
-# %% ../nbs/13_train.ipynb #1902bbbd
+# %% ../nbs/13_train.ipynb #e5b9a83b
 class StreamingValidation:
     "Streams validation scenes with the model as it is in the middle of its training → metrics `stream_*`."
     def __init__(self, cfg, layout, scenes): self.cfg, self.layout, self.scenes = cfg, layout, scenes
@@ -62,7 +62,7 @@ class StreamingValidation:
         scores = score_traces(traces, records, tolerance)
         return dict(stream_failed=len(self.scenes) - len(kept)) | {f'stream_{c}': scores[c] for c in COLUMNS if scores[c] is not None}
 
-# %% ../nbs/13_train.ipynb #14b066d6
+# %% ../nbs/13_train.ipynb #dd207df9
 def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | None:
     "The feature store of a training, if it has one; raises `InputError` if it does not hold all of its videos."
     if not args.features: return None
@@ -81,14 +81,14 @@ def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | 
         except InputError as e: raise InputError(f'train.features: {len(missing)} of {len(store)} videos are missing; {e}') from None
     return store
 
-# %% ../nbs/13_train.ipynb #d7369d9b
+# %% ../nbs/13_train.ipynb #4f28bf9e
 def validation_scenes(cfg, args) -> list:
     "The validation scenes that a training is evaluated on; none, and then no evaluation, if there are none."
     if args.eval_strategy == 'no': return []
     scenes = load_scenes(cfg.data, 'validation')
     return [scenes[i] for i in range(min(len(scenes), args.eval_videos))]
 
-# %% ../nbs/13_train.ipynb #e90b637c
+# %% ../nbs/13_train.ipynb #c90897ae
 METRICS = ('eval_loss', *(f'eval_loss_{part}' for part in PARTS), *(f'eval_stream_{column}' for column in COLUMNS))
 
 def check_watching(args:DSTTrainingArguments):
@@ -102,7 +102,7 @@ def check_watching(args:DSTTrainingArguments):
         try: [callback() for callback in get_reporting_integration_callbacks([name])]
         except (RuntimeError, ValueError, ImportError) as e: raise InputError(f'train.report_to={name}: {e}') from None
 
-# %% ../nbs/13_train.ipynb #bdb2f481
+# %% ../nbs/13_train.ipynb #3f75d21a
 def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
     "The trainer of a configuration: its model, rows, frozen parts and evaluation."
     check_watching(args)
@@ -137,7 +137,7 @@ def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
                          'set train.eval_strategy=no train.load_best_model_at_end=false')
     return trainer
 
-# %% ../nbs/13_train.ipynb #dc025066
+# %% ../nbs/13_train.ipynb #4b2901c7
 def longest_row(data:DSTStreamDataset) -> dict:
     "The tokens, frames, labelled words and steps of the longest row of a training."
     row = data.stream(max(range(len(data)), key=data.lengths.__getitem__), data.rng(0), look=False)
@@ -146,7 +146,7 @@ def longest_row(data:DSTStreamDataset) -> dict:
     return dict(tokens=fullest, frames=round(share*len(row['frame_positions'])), words=round(share*int((row['labels'] != -100).sum())),
                 steps=row['told'].shape[1])
 
-# %% ../nbs/13_train.ipynb #25e61634
+# %% ../nbs/13_train.ipynb #e9dbd3f7
 def dry_run(trainer) -> str:
     "What a training would need, as text."
     args, data, model, ranks = trainer.args, trainer.train_dataset, trainer.model, trainer.accelerator.num_processes
@@ -173,7 +173,7 @@ def dry_run(trainer) -> str:
         lines.append(', '.join(f'{name} over 4 GPUs: {nbytes/1e9:.1f} GB each' for name, nbytes in shared.items()))
     return '\n'.join(lines)
 
-# %% ../nbs/13_train.ipynb #b732f26f
+# %% ../nbs/13_train.ipynb #415687a6
 def show_dry_run(cfg):
     "Print what a training would need; nothing is left behind."
     if not torch.cuda.is_available():                        # bf16 would be refused without a GPU, but is only reckoned with here
@@ -184,7 +184,7 @@ def show_dry_run(cfg):
         line = check_ranks(trainer)
         if trainer.is_world_process_zero(): print(f'{dry_run(trainer)}\n{line}; this was a dry run, nothing was trained')
 
-# %% ../nbs/13_train.ipynb #f5e518f6
+# %% ../nbs/13_train.ipynb #db4fad24
 def same_run(cfg, out:Path) -> bool:
     "Was what lies in `out` trained by the same configuration? How it is streamed and scored does not matter."
     path = out/'config.yaml'
@@ -192,7 +192,7 @@ def same_run(cfg, out:Path) -> bool:
     before = OmegaConf.load(path)
     return all(before.get(group) == cfg[group] for group in ('model', 'data', 'train'))
 
-# %% ../nbs/13_train.ipynb #f36de810
+# %% ../nbs/13_train.ipynb #beba23c5
 def move_aside(out:Path):
     "Make room in `out` for another run: its finished checkpoint is renamed, what served to resume it is removed."
     shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -202,21 +202,21 @@ def move_aside(out:Path):
     if (out/'adapter').is_dir(): os.replace(out/'adapter', kept.with_name(kept.name.replace('checkpoint', 'adapter')))
     print(f'{out} held a model of another configuration; it is {kept.name} now')
 
-# %% ../nbs/13_train.ipynb #7ca7d736
+# %% ../nbs/13_train.ipynb #203c0a53
 def disk_is_full(error:Exception) -> bool:
     "Is this how the libraries say that nothing more can be written?"
     if isinstance(error, OSError): return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     words = 'No space left', 'quota exceeded', 'File too large', 'PytorchStreamWriter failed', 'file write failed'
     return isinstance(error, SafetensorError | RuntimeError) and any(w in str(error) for w in words)
 
-# %% ../nbs/13_train.ipynb #82921f77
+# %% ../nbs/13_train.ipynb #c618b34f
 def how_to_go_on(trainer) -> str:
     "What is left of a run that was stopped; half of a checkpoint is removed."
     last, _ = last_whole_checkpoint(trainer.args.output_dir)
     if last is None: return f'stopped at step {trainer.state.global_step}, before the first checkpoint: the same command begins anew'
     return f'stopped at step {trainer.state.global_step}; {last} is whole: the same command goes on from there'
 
-# %% ../nbs/13_train.ipynb #1abc504a
+# %% ../nbs/13_train.ipynb #d75a4a7e
 def finish(trainer, last:str):
     "Take over what a run had reached that was killed while it saved its last checkpoint: the trainer itself would take one step too many."
     trainer.state = TrainerState.load_from_json(Path(last)/'trainer_state.json')
@@ -225,7 +225,7 @@ def finish(trainer, last:str):
     if is_adapted(trainer.model): load_adapter(trainer.model, folder)
     else: load_weights(trainer.model, folder/'model.safetensors')
 
-# %% ../nbs/13_train.ipynb #7b0a25f0
+# %% ../nbs/13_train.ipynb #73d36794
 def run(trainer, last:str|None):
     "Train from the checkpoint `last`, or from the beginning."
     first = trainer.is_world_process_zero()
@@ -238,7 +238,7 @@ def run(trainer, last:str|None):
         if not disk_is_full(e): raise
         raise InputError(f'{trainer.args.output_dir}: the disk is full; {how_to_go_on(trainer)}, when there is room') from None
 
-# %% ../nbs/13_train.ipynb #ba03e2ba
+# %% ../nbs/13_train.ipynb #4f5897e8
 def training_facts(cfg, trainer) -> dict:
     "What the model card says of a training."
     state = trainer.state
@@ -248,7 +248,7 @@ def training_facts(cfg, trainer) -> dict:
     return dict(data=cfg.data.name, streams=len(trainer.train_dataset), steps=state.global_step, checkpoint_of_step=kept,
                 seed=trainer.args.seed, learning_rate=trainer.args.learning_rate, lora_rank=trainer.args.lora_rank, metrics=metrics)
 
-# %% ../nbs/13_train.ipynb #048e7280
+# %% ../nbs/13_train.ipynb #1a006de8
 def gather_weights(trainer) -> dict | None:
     "All weights of a sharded model on the first rank; None where it is whole anyway."
     acc = trainer.accelerator
@@ -264,7 +264,7 @@ def save_result(trainer, out:Path, facts:dict, state_dict:dict|None=None):
         model, state_dict = merged(model), None
     save_model(model, trainer.layout, out/'checkpoint', facts, state_dict)
 
-# %% ../nbs/13_train.ipynb #a5b560b4
+# %% ../nbs/13_train.ipynb #b57969c7
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -292,7 +292,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/13_train.ipynb #393143da
+# %% ../nbs/13_train.ipynb #8422aea1
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -305,5 +305,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #07e1368d
+# %% ../nbs/13_train.ipynb #ae9fead0
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['DSTTrainingArguments', 'training_arguments', 'Bookkeeping', 'save_batches', 'load_batches', 'compile_layers',
            'DSTTrainer', 'check_ranks', 'last_whole_checkpoint', 'LivePlot']
 
-# %% ../nbs/09_trainer.ipynb #095a9f8d
+# %% ../nbs/09_trainer.ipynb #b2e9bb15
 import json, math, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,9 +21,9 @@ from .adapters import AdapterConfig, AdapterTraining, is_adapted, merged
 from .config import InputError
 from .dataset import LengthGroupedSampler, model_inputs
 from .loss import COUNTS, PARTS, LossConfig, loss_counts, multitask_loss
-from .model import save_model
+from .model import quiet, save_model
 
-# %% ../nbs/09_trainer.ipynb #aa36134a
+# %% ../nbs/09_trainer.ipynb #353fb259
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, what learns, how streams become rows, how a run is watched."
@@ -46,7 +46,7 @@ class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     logging_nan_inf_filter: bool = False               # a NaN is an error here, nothing to be averaged away
     report_to: str = 'none'
 
-# %% ../nbs/09_trainer.ipynb #41a23fa6
+# %% ../nbs/09_trainer.ipynb #516ca224
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values, known = OmegaConf.to_container(cfg.train), {f.name for f in fields(DSTTrainingArguments)}
@@ -61,7 +61,7 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     except (ValueError, TypeError, ImportError) as e:
         raise InputError(f'train: {e}' + (' Or add train.bf16=false' if 'bf16' in str(e) else '')) from None
 
-# %% ../nbs/09_trainer.ipynb #49e9571e
+# %% ../nbs/09_trainer.ipynb #d592e3b8
 class Bookkeeping(TrainerCallback):
     "Tells the dataset its epoch, and logs before every checkpoint, so that a resumed run writes the same log."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -69,7 +69,7 @@ class Bookkeeping(TrainerCallback):
     def log_before_save(self, args, state, control, **kwargs): control.should_log |= control.should_save
     on_step_end = on_epoch_end = log_before_save
 
-# %% ../nbs/09_trainer.ipynb #64e697b5
+# %% ../nbs/09_trainer.ipynb #38565853
 def save_batches(batches, folder, facts:dict):
     "Leave micro-batches in `folder` (safetensors; the rest in facts.json), for a look with `load_batches`."
     folder = Path(folder)
@@ -83,7 +83,7 @@ def load_batches(folder) -> list[dict]:
     records = json.loads((Path(folder)/'facts.json').read_text())['records']
     return [load_file(Path(folder)/f'batch-{i}.safetensors') | dict(records=names) for i, names in enumerate(records)]
 
-# %% ../nbs/09_trainer.ipynb #036432d5
+# %% ../nbs/09_trainer.ipynb #3d1104b0
 def compile_layers(model, args):
     "Compile what is repeated, instead of what `torch_compile` means to the library."
     options = dict(backend=args.torch_compile_backend or 'inductor', mode=args.torch_compile_mode)
@@ -91,7 +91,7 @@ def compile_layers(model, args):
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for key in [k for k in os.environ if k.startswith('ACCELERATE_DYNAMO_')]: del os.environ[key]
 
-# %% ../nbs/09_trainer.ipynb #88dbaed8
+# %% ../nbs/09_trainer.ipynb #69370e10
 class DSTTrainer(AdapterTraining, Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name; stops at a loss that is not finite."
     def __init__(self, model=None, args=None, *rest, watch=None, layout=None, **kwargs):
@@ -174,6 +174,9 @@ class DSTTrainer(AdapterTraining, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save(self, *args, **kwargs):
+        with quiet(): super()._save(*args, **kwargs)          # a progress bar for each file of weights
+
     def _save_rng_state(self, output_dir):
         "Rank 0 writes the file that makes a checkpoint whole after this: not before the random numbers of every rank are there."
         super()._save_rng_state(output_dir)
@@ -187,7 +190,7 @@ class DSTTrainer(AdapterTraining, Trainer):
             self._parts, self._logged_at = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_trainer.ipynb #1c64d6f0
+# %% ../nbs/09_trainer.ipynb #b38e7bbd
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -203,7 +206,7 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_trainer.ipynb #0881be22
+# %% ../nbs/09_trainer.ipynb #81974075
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -212,7 +215,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
         else: return last, state['global_step'] >= state['max_steps']
     return None, False
 
-# %% ../nbs/09_trainer.ipynb #44fae0b1
+# %% ../nbs/09_trainer.ipynb #dee23b82
 class LivePlot(TrainerCallback):
     "Draws the log of a training in the notebook while it runs: `DSTTrainer(..., callbacks=[LivePlot()])`."
     def __init__(self, every:int=1): self.every, self.seen, self.shown = every, 0, None

@@ -75,10 +75,11 @@ def test_compiled_layers(tmp_path):
 
 
 def test_best_checkpoint_is_what_is_left(tmp_path):
-    "Of three evaluations the second is the best: its weights are in checkpoint/, and its figures in the card."
+    "The weights of the best of three evaluations are in checkpoint/, and its figures in the card."
     cfg = compose_config([*SMALL, f'output_dir={tmp_path}', '++train.save_strategy=steps', '++train.save_steps=1',
-                          '++train.eval_strategy=steps', '++train.eval_steps=1', '++train.eval_videos=1', '++train.load_best_model_at_end=true',
-                          '++train.metric_for_best_model=eval_loss', '++train.save_total_limit=1', '++train.learning_rate=.05'])
+                          '++train.eval_strategy=steps', '++train.eval_steps=1', '++train.eval_videos=1',
+                          '++train.load_best_model_at_end=true', '++train.metric_for_best_model=eval_loss',
+                          '++train.save_total_limit=1', '++train.learning_rate=.05'])
     trainer = train(cfg)
     losses = {h['step']: h['eval_loss'] for h in json.loads((tmp_path/'training_log.json').read_text()) if 'eval_loss' in h}
     best = min(losses, key=losses.get)
