@@ -166,7 +166,7 @@ def gpu_speed(size: str, checkpointing: bool, compiled: bool, streams=2, tokens=
 
 def longest_stream(size: str, card=24e9) -> dict:
     "The longest single stream (a multiple of 1024 tokens) that trains within 24 GB, the allocator being capped there."
-    torch.cuda.set_per_process_memory_fraction(card/torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(min(1., card/torch.cuda.get_device_properties(0).total_memory))
     longest = 0
     for tokens in range(1024, 8193, 1024):
         try:

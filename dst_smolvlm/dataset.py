@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'VideoScene', 'ToyScenes', 'split_records', 'load_scenes',
            'corrupt_told', 'quietness', 'clip_bounds', 'DSTStreamDataset', 'pad_stack', 'StreamCollator',
            'model_inputs', 'LengthGroupedSampler', 'DSTFrameDataset', 'frame_sample']
 
-# %% ../nbs/08_dataset.ipynb #f779d69e
+# %% ../nbs/08_dataset.ipynb #91861fc1
 import hashlib, math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .state import IN_PROGRESS, frame_of
 from .video import frames_to_pixels
 from .world import SPLITS, WorldConfig, make_scene, make_world, replay
 
-# %% ../nbs/08_dataset.ipynb #3644e21d
+# %% ../nbs/08_dataset.ipynb #40f7c338
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -43,7 +43,7 @@ class VideoScene:
         return f'{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #4e5361b5
+# %% ../nbs/08_dataset.ipynb #cabeca63
 @dataclass
 class ToyScenes:
     "The first `length` scenes of a split of the toy world."
@@ -56,7 +56,7 @@ class ToyScenes:
         if not -self.length <= i < self.length: raise IndexError(f'scene {i} of {self.length}')
         return make_scene(i % self.length, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #2207d6b7
+# %% ../nbs/08_dataset.ipynb #84565b4a
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal videos to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     order = lambda uid: hashlib.sha256(uid.encode()).hexdigest()
@@ -67,7 +67,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     split = {uid: 'validation' if i < n_val else 'test' if i < n_val + n_test else 'train' for i, uid in enumerate(videos)}
     return {name: [r for r in ranked if split[r.video_uid] == name] for name in ('validation', 'test', 'train')}
 
-# %% ../nbs/08_dataset.ipynb #526a6e46
+# %% ../nbs/08_dataset.ipynb #523946fa
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -81,18 +81,18 @@ def load_scenes(cfg, split:str) -> Sequence:
     if cfg.source == 'replay': return [replay(r, world) for r in records]
     return [VideoScene(r, Path(r.video)) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #8debac72
+# %% ../nbs/08_dataset.ipynb #31e8374c
 def scene_video(scene) -> Video:
     "The video of a scene, as the feature store knows it."
     return Video(scene.record, scene.path if isinstance(scene, VideoScene) else scene)
 
-# %% ../nbs/08_dataset.ipynb #d5362f35
+# %% ../nbs/08_dataset.ipynb #6d1f794a
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from, if in the toy world `cfg.glimpse_world` makes them differ; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'glimpse_world'))
 
-# %% ../nbs/08_dataset.ipynb #a1433ea1
+# %% ../nbs/08_dataset.ipynb #452aa2a1
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -114,7 +114,7 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #8efbc92e
+# %% ../nbs/08_dataset.ipynb #53966ea6
 def quietness(record:VideoRecord, states) -> np.ndarray:
     "How well a stream may be cut before each frame [T]: the distance to the nearest event, at most 3; and 3 more at rest."
     before = np.concatenate([np.zeros_like(states[:1]), states[:-1]])                       # [T, S]
@@ -124,7 +124,7 @@ def quietness(record:VideoRecord, states) -> np.ndarray:
     idle = before.any(-1) & ~(before == IN_PROGRESS).any(-1)
     return far + 3*(idle & (far == 3))
 
-# %% ../nbs/08_dataset.ipynb #e96e01e3
+# %% ../nbs/08_dataset.ipynb #892a4def
 def clip_bounds(record:VideoRecord, layout:StreamLayout, max_tokens:float) -> list[tuple[int, int, int]]:
     "Frames [start, stop) of the clips of a record that fit into rows of `max_tokens`, with the tokens of each; together all its frames."
     states = record.states()
@@ -143,7 +143,7 @@ def clip_bounds(record:VideoRecord, layout:StreamLayout, max_tokens:float) -> li
         start = stop
     return clips
 
-# %% ../nbs/08_dataset.ipynb #a4659380
+# %% ../nbs/08_dataset.ipynb #b7cc2931
 class DSTStreamDataset(Dataset):
     "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     def __init__(
@@ -241,6 +241,7 @@ class DSTStreamDataset(Dataset):
         spoken = {f for f, turns in record.turns_at().items() if any(t.role == 'assistant' for t in turns)}
         speak = np.array([start + t in spoken for t in range(T)], dtype=np.int64)
         keep, learn_frames = rng.random(T) < self.negative_keep, rng.random(T) < self.frame_grad
+        if T and self.frame_grad and not learn_frames.any(): learn_frames[0] = True         # the tower's gradient must exist on every rank
         name = f'{record.uid} frames {start}-{start + T - 1}' if frames else f'{record.uid} words'
         return dict(name=name, input_ids=torch.tensor(stream.ids), labels=torch.tensor(stream.labels),
                     **(self.look(scene, start, start + T) if look else {}), learn_frames=torch.from_numpy(learn_frames),
@@ -249,14 +250,14 @@ class DSTStreamDataset(Dataset):
                     speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
                     update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
 
-# %% ../nbs/08_dataset.ipynb #69e23b31
+# %% ../nbs/08_dataset.ipynb #3f995b08
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #84a9bf45
+# %% ../nbs/08_dataset.ipynb #43740e0a
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels, or the features, of all frames are put one after another, in reading order."
@@ -274,12 +275,12 @@ class StreamCollator:
             for key in {'pixels', 'tokens'} & {*glimpses[0]}: batch[f'glimpse_{key}'] = torch.cat([g[key] for g in glimpses])
         return batch | dict(records=names)
 
-# %% ../nbs/08_dataset.ipynb #10cb0a3e
+# %% ../nbs/08_dataset.ipynb #65dfb2e3
 TARGETS = 'speak_labels', 'update_labels', 'state_labels', 'glimpse_states', 'records'
 
 def model_inputs(batch:dict) -> dict: return {k: v for k, v in batch.items() if k not in TARGETS}
 
-# %% ../nbs/08_dataset.ipynb #4930a928
+# %% ../nbs/08_dataset.ipynb #e94f4336
 class LengthGroupedSampler(Sampler):
     "Indices of a `DSTStreamDataset` in groups of similar length, drawn from its seed and epoch."
     def __init__(self, data:DSTStreamDataset, group:int, stretch:int=50): self.data, self.group, self.stretch = data, group, stretch
@@ -295,7 +296,7 @@ class LengthGroupedSampler(Sampler):
         if whole: whole.insert(0, whole.pop(int(np.argmax([lengths[g].max() for g in whole]))))
         return iter(int(i) for g in whole + rest for i in g)
 
-# %% ../nbs/08_dataset.ipynb #7a78c05d
+# %% ../nbs/08_dataset.ipynb #733ca55d
 class DSTFrameDataset(Dataset):
     "The rows of a `DSTStreamDataset`, one sample for each of their frames: the row up to that frame, with its labels alone."
     def __init__(self, streams:DSTStreamDataset): self.streams = streams; self.set_epoch(streams.epoch)

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'COUNTS', 'focal_loss', 'pointer_target', 'pointer_loss', 'LossConfig', 'loss_counts', 'decision_loss',
            'multitask_loss', 'weights_from_data']
 
-# %% ../nbs/06_loss.ipynb #c55d98bb
+# %% ../nbs/06_loss.ipynb #ba3ae8dc
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .state import IN_PROGRESS
 from .statistics import count_record
 
-# %% ../nbs/06_loss.ipynb #5b28043d
+# %% ../nbs/06_loss.ipynb #4fc4185d
 def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:torch.Tensor|None=None,
                ignore_index:int=-100) -> torch.Tensor:
     """Sum of `-(1-p)^gamma log p` over labelled items (Lin et al. 2017, eq. 4), from `logits` [..., C] and `target` [...]; `weight`
@@ -29,20 +29,20 @@ def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:
     if weight is not None: item = item*weight
     return torch.where(keep, item, 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #3208f23b
+# %% ../nbs/06_loss.ipynb #60bb8183
 def pointer_target(state_labels:torch.Tensor) -> torch.Tensor:
     "State labels [..., S] → the attention that each step deserves [..., S+1]: equal parts to those in progress, or all to 'none'."
     active = (state_labels == IN_PROGRESS).float()
     n = active.sum(-1, keepdim=True)
     return torch.cat([active/n.clamp_min(1), (n == 0).float()], -1)
 
-# %% ../nbs/06_loss.ipynb #de6bd966
+# %% ../nbs/06_loss.ipynb #144c611e
 def pointer_loss(logits:torch.Tensor, state_labels:torch.Tensor) -> torch.Tensor:
     "Cross-entropy of pointer `logits` [..., S+1] with `pointer_target`; frames without any label are left out."
     keep = (state_labels != -100).any(-1)
     return torch.where(keep, -(pointer_target(state_labels)*F.log_softmax(logits.float(), -1)).sum(-1), 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #8d0bb881
+# %% ../nbs/06_loss.ipynb #4cb0cb6c
 @dataclass
 class LossConfig:
     gamma: float = 2.            # focal exponent of the two decisions and of the state; 0 is cross-entropy
@@ -60,7 +60,7 @@ class LossConfig:
     negative_keep: float = 1.    # share of the silent frames whose decision loss counts
     glimpse_weight: float = 2.   # a glimpse counts like so many frames of a stream, which are nearly alike
 
-# %% ../nbs/06_loss.ipynb #1cd6da4d
+# %% ../nbs/06_loss.ipynb #764724cb
 PARTS = ('lm', 'speak', 'update', 'state', 'pointer')
 COUNTS = (*PARTS, 'speak_positive', 'update_positive')
 
@@ -73,7 +73,7 @@ def loss_counts(batch, glimpse_weight:float=2.) -> torch.Tensor:
     if 'glimpse_states' in batch: counts[PARTS.index('pointer')] += glimpse_weight*(batch['glimpse_states'][..., 0] != -100).sum()
     return counts
 
-# %% ../nbs/06_loss.ipynb #643e678e
+# %% ../nbs/06_loss.ipynb #f12f620d
 def decision_loss(logits:torch.Tensor, labels:torch.Tensor, cfg:LossConfig, positive_weight:float, n, n_positive) -> torch.Tensor:
     "Loss of a yes-or-no decision, logits [..., 2], over `n` labelled items of which `n_positive` are positive."
     weight = torch.where(labels == 1, positive_weight, 1.)
@@ -83,7 +83,7 @@ def decision_loss(logits:torch.Tensor, labels:torch.Tensor, cfg:LossConfig, posi
     classes = (n_positive > 0).float() + (n_negative > 0).float()
     return (positive/n_positive.clamp_min(1) + negative/n_negative.clamp_min(1))/classes.clamp_min(1)
 
-# %% ../nbs/06_loss.ipynb #0a3344f9
+# %% ../nbs/06_loss.ipynb #6ff05e50
 def multitask_loss(output, batch, cfg:LossConfig, counts:torch.Tensor|None=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "Total loss and its parts; every part is a sum over labelled items divided by `counts` (this batch's own by default)."
     counts = loss_counts(batch, cfg.glimpse_weight) if counts is None else counts
@@ -102,12 +102,13 @@ def multitask_loss(output, batch, cfg:LossConfig, counts:torch.Tensor|None=None)
     total = sum(getattr(cfg, f'w_{p}')*v for p, v in parts.items())
     return total, parts
 
-# %% ../nbs/06_loss.ipynb #64336881
-def weights_from_data(records, most:int=200) -> dict:
-    "`speak_positive`, `update_positive` and `state_classes` by how rare they are in the first `most` records; 1 for an unseen class."
+# %% ../nbs/06_loss.ipynb #fb55d34e
+def weights_from_data(records, negative_keep:float=1., most:int=200) -> dict:
+    """`speak_positive`, `update_positive` and `state_classes` by how rare they are in the first `most` records, of whose silent frames
+    a share is kept; 1 for an unseen class."""
     total = Counter()
     for record in islice(records, most): total.update(count_record(record, record.fps))
-    ratio = lambda n: min(50., max(1., (total['frames'] - n)/n)) if n else 1.
+    ratio = lambda n: min(50., max(1., negative_keep*(total['frames'] - n)/n)) if n else 1.
     cells = [total[f'cells_{s}'] for s in range(3)]
     seen = sum(n > 0 for n in cells)
     return dict(speak_positive=ratio(total['speaks']), update_positive=ratio(total['changes']),

@@ -6,12 +6,13 @@
 __all__ = ['DSTTrainingArguments', 'training_arguments', 'Bookkeeping', 'save_batches', 'load_batches', 'compile_layers',
            'DSTTrainer', 'check_ranks', 'last_whole_checkpoint', 'LivePlot']
 
-# %% ../nbs/09_trainer.ipynb #b2e9bb15
+# %% ../nbs/09_trainer.ipynb #5f5adf11
 import json, math, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -23,7 +24,7 @@ from .dataset import LengthGroupedSampler, model_inputs
 from .loss import COUNTS, PARTS, LossConfig, loss_counts, multitask_loss
 from .model import quiet, save_model
 
-# %% ../nbs/09_trainer.ipynb #353fb259
+# %% ../nbs/09_trainer.ipynb #65a6c433
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, what learns, how streams become rows, how a run is watched."
@@ -44,9 +45,10 @@ class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     ddp_find_unused_parameters: bool | None = False    # every batch uses every parameter
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     logging_nan_inf_filter: bool = False               # a NaN is an error here, nothing to be averaged away
+    restore_callback_states_from_checkpoint: bool = True      # the patience of early stopping is a part of the run
     report_to: str = 'none'
 
-# %% ../nbs/09_trainer.ipynb #516ca224
+# %% ../nbs/09_trainer.ipynb #f8778985
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values, known = OmegaConf.to_container(cfg.train), {f.name for f in fields(DSTTrainingArguments)}
@@ -57,11 +59,15 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     if unknown:
         raise InputError(f'train.{sorted(unknown)[0]}: the trainer has no such argument; '
                          'see transformers.TrainingArguments and DSTTrainingArguments')
+    metric = values.get('metric_for_best_model')
+    if metric and values.get('greater_is_better') is None: values['greater_is_better'] = 'loss' not in metric
+    if values.get('dataloader_persistent_workers'):
+        raise InputError('train.dataloader_persistent_workers=true: workers that outlive an epoch would not know the next one')
     try: return DSTTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError) as e:
         raise InputError(f'train: {e}' + (' Or add train.bf16=false' if 'bf16' in str(e) else '')) from None
 
-# %% ../nbs/09_trainer.ipynb #d592e3b8
+# %% ../nbs/09_trainer.ipynb #37afd529
 class Bookkeeping(TrainerCallback):
     "Tells the dataset its epoch, and logs before every checkpoint, so that a resumed run writes the same log."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -69,7 +75,7 @@ class Bookkeeping(TrainerCallback):
     def log_before_save(self, args, state, control, **kwargs): control.should_log |= control.should_save
     on_step_end = on_epoch_end = log_before_save
 
-# %% ../nbs/09_trainer.ipynb #38565853
+# %% ../nbs/09_trainer.ipynb #2a9f98f8
 def save_batches(batches, folder, facts:dict):
     "Leave micro-batches in `folder` (safetensors; the rest in facts.json), for a look with `load_batches`."
     folder = Path(folder)
@@ -83,7 +89,7 @@ def load_batches(folder) -> list[dict]:
     records = json.loads((Path(folder)/'facts.json').read_text())['records']
     return [load_file(Path(folder)/f'batch-{i}.safetensors') | dict(records=names) for i, names in enumerate(records)]
 
-# %% ../nbs/09_trainer.ipynb #3d1104b0
+# %% ../nbs/09_trainer.ipynb #21610cd0
 def compile_layers(model, args):
     "Compile what is repeated, instead of what `torch_compile` means to the library."
     options = dict(backend=args.torch_compile_backend or 'inductor', mode=args.torch_compile_mode)
@@ -91,11 +97,14 @@ def compile_layers(model, args):
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for key in [k for k in os.environ if k.startswith('ACCELERATE_DYNAMO_')]: del os.environ[key]
 
-# %% ../nbs/09_trainer.ipynb #69370e10
+# %% ../nbs/09_trainer.ipynb #51720c5a
 class DSTTrainer(AdapterTraining, Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name; stops at a loss that is not finite."
     def __init__(self, model=None, args=None, *rest, watch=None, layout=None, **kwargs):
         if args.torch_compile: compile_layers(model, args)
+        if args.n_gpu > 1:             # else the library cuts batches into rows and pixels into frames, as if they were the same
+            print(f'uses one of {args.n_gpu} GPUs; start it with `accelerate launch` to use all', flush=True)
+            args._n_gpu = 1
         super().__init__(model, args, *rest, **kwargs)
         self.loss_is_scaled_for_ga = True             # our counts cover the whole accumulated batch
         self.watch, self.layout = watch, layout       # `watch(trainer)` → metrics of streaming, by name
@@ -134,8 +143,8 @@ class DSTTrainer(AdapterTraining, Trainer):
             for k, v in parts.items(): self._parts[k] = self._parts.get(k, 0.) + v.detach()*ranks
         return (loss*ranks, outputs) if return_outputs else loss*ranks
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None and norm is not None and not torch.as_tensor(norm).isfinite():
             self.stop_at(self._batches, dict(gradient_norm=float(norm)))
         return norm
@@ -146,7 +155,8 @@ class DSTTrainer(AdapterTraining, Trainer):
         folder = Path(self.args.output_dir).parent/f'not_finite-step-{step}-rank-{self.args.process_index}'
         save_batches(batches, folder, dict(step=step, epoch=self.state.epoch, found=found))
         model = self.accelerator.unwrap_model(self.model)
-        if self.layout is not None: save_model(merged(model) if is_adapted(model) else model, self.layout, folder/'model')
+        whole = self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)      # this rank has it alone
+        if self.layout is not None and whole: save_model(merged(model) if is_adapted(model) else model, self.layout, folder/'model')
         bad = ', '.join(f'{k} {v}' for k, v in found.items() if not math.isfinite(v)) or 'the sum of the losses'
         raise InputError(f"step {step}: not finite: {bad}. Records: {', '.join(name for b in batches for name in b['records'])}. "
                          f'{folder} holds this batch and the model; look at both, or try a lower train.learning_rate')
@@ -190,7 +200,7 @@ class DSTTrainer(AdapterTraining, Trainer):
             self._parts, self._logged_at = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_trainer.ipynb #b38e7bbd
+# %% ../nbs/09_trainer.ipynb #ac6cb20f
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -201,21 +211,23 @@ def check_ranks(trainer) -> str:
         raise InputError(f'{asked} processes were launched, but accelerate joined {acc.num_processes}: on CPUs set ACCELERATE_USE_CPU=true '
                          'and launch with `accelerate launch --config_file`, or with torchrun')
     total = torch.stack([p.detach().float().cpu().double().sum() for p in trainer.model.parameters()]).sum()
-    sums = acc.gather(total[None].to(acc.device))
+    sums = acc.gather(total[None].to(acc.device)) if acc.num_processes > 1 else total[None]
     if not torch.equal(sums, sums[:1].expand_as(sums)):
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_trainer.ipynb #81974075
+# %% ../nbs/09_trainer.ipynb #9595c321
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
         try: state = json.loads((Path(last)/'trainer_state.json').read_text())
         except (OSError, ValueError): shutil.rmtree(last)
-        else: return last, state['global_step'] >= state['max_steps']
+        else:
+            control = state.get('stateful_callbacks', {}).get('TrainerControl', {}).get('args', {})     # set by early stopping, for one
+            return last, state['global_step'] >= state['max_steps'] or bool(control.get('should_training_stop'))
     return None, False
 
-# %% ../nbs/09_trainer.ipynb #dee23b82
+# %% ../nbs/09_trainer.ipynb #0c4c9b24
 class LivePlot(TrainerCallback):
     "Draws the log of a training in the notebook while it runs: `DSTTrainer(..., callbacks=[LivePlot()])`."
     def __init__(self, every:int=1): self.every, self.seen, self.shown = every, 0, None
