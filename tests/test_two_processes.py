@@ -102,10 +102,11 @@ def test_two_micro_batches_wait_on_the_cpu(tmp_path):
     assert make_trainer(compose_config(FOUR_STEPS), args).get_train_dataloader().device is None
 
 
-def test_different_weights_are_refused():
+def test_different_weights_are_refused(monkeypatch):
     "Ranks that were seeded differently would be averaged into nonsense."
     class Ranks:
-        num_processes, device = 1, torch.device('cpu')
+        num_processes, device = 2, torch.device('cpu')
         def gather(self, mine): return torch.cat([mine, mine + 1e-9])
     class Trainer: accelerator, model = Ranks(), torch.nn.Linear(2, 2)
+    monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(InputError, match='different weights'): train.check_ranks(Trainer)
