@@ -6,7 +6,7 @@
 __all__ = ['PART_NAMES', 'part_of', 'part_sizes', 'own_modules', 'own_parameters', 'AdapterConfig', 'freeze', 'frozen_parts',
            'check_rates', 'parameter_groups']
 
-# %% ../nbs/08_learning.ipynb #af9b1ced
+# %% ../nbs/08_learning.ipynb #6c7228ad
 import re
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from .config import InputError
 
-# %% ../nbs/08_learning.ipynb #d6638f2a
+# %% ../nbs/08_learning.ipynb #f0cc4a45
 PART_NAMES = dict(lora=r'\.lora_[AB]\.', vision=r'(^|\.)vision_model\.', connector=r'(^|\.)connector\.', heads=r'(^|\.)heads\.',
                   embeddings=r'(^|\.)(embed_tokens|lm_head)\.', text=r'(^|\.)text_model\.')      # the first that is found in a name
 
@@ -33,7 +33,7 @@ def part_sizes(model) -> dict[str, tuple[int, int]]:
         sizes[part_of(name)] = learn + n*p.requires_grad, total + n
     return sizes
 
-# %% ../nbs/08_learning.ipynb #2d489c16
+# %% ../nbs/08_learning.ipynb #419f8175
 def own_modules(model) -> dict[str, torch.nn.Module]:
     "The model's modules by their own names, whether it has LoRA or not; without those of LoRA."
     return {n.removesuffix('.base_layer'): m for n, m in model.named_modules() if '.lora_' not in n and not hasattr(m, 'base_layer')}
@@ -42,7 +42,7 @@ def own_parameters(model) -> dict[str, torch.nn.Parameter]:
     "The same for its parameters."
     return {n.replace('.base_layer.', '.'): p for n, p in model.named_parameters() if part_of(n) != 'lora'}
 
-# %% ../nbs/08_learning.ipynb #81682055
+# %% ../nbs/08_learning.ipynb #d762fd3a
 @dataclass
 class AdapterConfig:
     "Which parameters learn, and how fast. A training has these among its arguments."
@@ -57,7 +57,7 @@ class AdapterConfig:
     qlora: bool = False              # the frozen matrices of the language model are kept in 4 bits
     learning_rates: dict | None = None    # of parts that do not learn at `learning_rate`: {'lora': 2e-4, 'heads': 1e-3}
 
-# %% ../nbs/08_learning.ipynb #08b99441
+# %% ../nbs/08_learning.ipynb #59b37156
 def freeze(model, parts):
     "These parts of the model learn nothing."
     unknown = sorted(set(parts) - set(PART_NAMES))
@@ -70,7 +70,7 @@ def frozen_parts(cfg:AdapterConfig) -> list[str]:
     flags = dict(vision=cfg.freeze_vision, connector=cfg.freeze_connector, text=cfg.freeze_text, embeddings=cfg.freeze_text)
     return [part for part, frozen in flags.items() if frozen]
 
-# %% ../nbs/08_learning.ipynb #0ea70e23
+# %% ../nbs/08_learning.ipynb #021a66b3
 def check_rates(model, cfg:AdapterConfig):
     "Raises `InputError` for a rate that is none, or that is of a part that does not exist or does not learn."
     sizes = part_sizes(model)

@@ -6,7 +6,7 @@
 __all__ = ['DSTTrainingArguments', 'training_arguments', 'Bookkeeping', 'save_batches', 'load_batches', 'compile_layers',
            'DSTTrainer', 'check_ranks', 'last_whole_checkpoint', 'LivePlot']
 
-# %% ../nbs/09_trainer.ipynb #5f5adf11
+# %% ../nbs/09_trainer.ipynb #a53f2f42
 import json, math, os, shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from .dataset import LengthGroupedSampler, model_inputs
 from .loss import COUNTS, PARTS, LossConfig, loss_counts, multitask_loss
 from .model import quiet, save_model
 
-# %% ../nbs/09_trainer.ipynb #65a6c433
+# %% ../nbs/09_trainer.ipynb #05c4df87
 @dataclass
 class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, what learns, how streams become rows, how a run is watched."
@@ -48,7 +48,7 @@ class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     restore_callback_states_from_checkpoint: bool = True      # the patience of early stopping is a part of the run
     report_to: str = 'none'
 
-# %% ../nbs/09_trainer.ipynb #f8778985
+# %% ../nbs/09_trainer.ipynb #5601141d
 def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     "The `train` group of a configuration as arguments; a key that the trainer does not know is an error."
     values, known = OmegaConf.to_container(cfg.train), {f.name for f in fields(DSTTrainingArguments)}
@@ -67,7 +67,7 @@ def training_arguments(cfg, output_dir) -> DSTTrainingArguments:
     except (ValueError, TypeError, ImportError) as e:
         raise InputError(f'train: {e}' + (' Or add train.bf16=false' if 'bf16' in str(e) else '')) from None
 
-# %% ../nbs/09_trainer.ipynb #37afd529
+# %% ../nbs/09_trainer.ipynb #2fc7e0e5
 class Bookkeeping(TrainerCallback):
     "Tells the dataset its epoch, and logs before every checkpoint, so that a resumed run writes the same log."
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -75,7 +75,7 @@ class Bookkeeping(TrainerCallback):
     def log_before_save(self, args, state, control, **kwargs): control.should_log |= control.should_save
     on_step_end = on_epoch_end = log_before_save
 
-# %% ../nbs/09_trainer.ipynb #2a9f98f8
+# %% ../nbs/09_trainer.ipynb #9a8824bc
 def save_batches(batches, folder, facts:dict):
     "Leave micro-batches in `folder` (safetensors; the rest in facts.json), for a look with `load_batches`."
     folder = Path(folder)
@@ -89,7 +89,7 @@ def load_batches(folder) -> list[dict]:
     records = json.loads((Path(folder)/'facts.json').read_text())['records']
     return [load_file(Path(folder)/f'batch-{i}.safetensors') | dict(records=names) for i, names in enumerate(records)]
 
-# %% ../nbs/09_trainer.ipynb #21610cd0
+# %% ../nbs/09_trainer.ipynb #7aa8f7a7
 def compile_layers(model, args):
     "Compile what is repeated, instead of what `torch_compile` means to the library."
     options = dict(backend=args.torch_compile_backend or 'inductor', mode=args.torch_compile_mode)
@@ -97,7 +97,7 @@ def compile_layers(model, args):
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for key in [k for k in os.environ if k.startswith('ACCELERATE_DYNAMO_')]: del os.environ[key]
 
-# %% ../nbs/09_trainer.ipynb #51720c5a
+# %% ../nbs/09_trainer.ipynb #d4c3c71a
 class DSTTrainer(AdapterTraining, Trainer):
     "Trains `DSTSmolVLM` on rows of whole streams. Logs every part of the loss by name; stops at a loss that is not finite."
     def __init__(self, model=None, args=None, *rest, watch=None, layout=None, **kwargs):
@@ -200,7 +200,7 @@ class DSTTrainer(AdapterTraining, Trainer):
             self._parts, self._logged_at = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/09_trainer.ipynb #ac6cb20f
+# %% ../nbs/09_trainer.ipynb #aff4669f
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
     acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
@@ -216,7 +216,7 @@ def check_ranks(trainer) -> str:
         raise InputError(f'the ranks hold different weights (sums {sums.tolist()}): they would train different models')
     return f'{acc.num_processes} process{"es" if acc.num_processes > 1 else ""} on {acc.device.type}, equal weights on all'
 
-# %% ../nbs/09_trainer.ipynb #9595c321
+# %% ../nbs/09_trainer.ipynb #f1f68500
 def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
     "The last whole checkpoint of the trainer, and whether the training ended with it; half-written ones are removed."
     while last := get_last_checkpoint(folder) if Path(folder).is_dir() else None:
@@ -227,7 +227,7 @@ def last_whole_checkpoint(folder) -> tuple[str|None, bool]:
             return last, state['global_step'] >= state['max_steps'] or bool(control.get('should_training_stop'))
     return None, False
 
-# %% ../nbs/09_trainer.ipynb #0c4c9b24
+# %% ../nbs/09_trainer.ipynb #1ec8fb35
 class LivePlot(TrainerCallback):
     "Draws the log of a training in the notebook while it runs: `DSTTrainer(..., callbacks=[LivePlot()])`."
     def __init__(self, every:int=1): self.every, self.seen, self.shown = every, 0, None
@@ -235,19 +235,23 @@ class LivePlot(TrainerCallback):
     def figure(self, log):
         "The figure of a log: the parts of the loss, and the metrics of the streamed videos if there are any."
         import matplotlib.pyplot as plt
-        streamed = sorted({k for h in log for k, v in h.items() if k.startswith('eval_stream_') and isinstance(v, (int, float))})
+        from matplotlib.ticker import LogLocator, MaxNLocator
+        streamed = sorted({k for h in log for k in h if k.startswith('eval_stream_')} - {'eval_stream_failed'})
         fig, axes = plt.subplots(1 + bool(streamed), 1, figsize=(7, 2.6*(1 + bool(streamed))), sharex=True, squeeze=False)
+        beside = dict(fontsize=8, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
         for part in PARTS:
             for key, style in ((f'loss_{part}', '-'), (f'eval_loss_{part}', ':')):
                 points, label = [(h['step'], h[key]) for h in log if key in h], part if style == '-' else None
                 if points: axes[0, 0].plot(*zip(*points), style, marker='.', c=f'C{PARTS.index(part)}', label=label)
         axes[0, 0].set(yscale='log', ylabel='loss (dotted: validation)')
-        axes[0, 0].yaxis.set_minor_formatter('')
-        axes[0, 0].legend(ncols=5, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1), frameon=False)
+        axes[0, 0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}', minor_formatter='')
+        axes[0, 0].legend(**beside)
         for key in streamed:
             axes[-1, 0].plot(*zip(*[(h['step'], h[key]) for h in log if key in h]), marker='o', label=key[12:].replace('_', ' '))
-        if streamed: axes[-1, 0].set(ylabel='streamed', ylim=(-.02, 1.02)); axes[-1, 0].legend(fontsize=8)
+        if streamed: axes[-1, 0].set(ylabel='streamed', ylim=(-.02, 1.02)); axes[-1, 0].legend(**beside)
         axes[-1, 0].set_xlabel('step')
+        axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        fig.tight_layout()
         return fig
 
     def on_log(self, args, state, control, logs=None, **kwargs):

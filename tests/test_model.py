@@ -42,6 +42,13 @@ def streams(layout, limits=(10**6, 190, 260)):
                 told=pad([r[1] for r in rows], -1), pixel_values=torch.cat([r[2] for r in rows]))
 
 
+def tiny_and_streams(attention):
+    "A small model that reads with this kernel, and streams for it."
+    model, layout = build_tiny(SMALL)
+    model.set_attn_implementation(attention)
+    return model, streams(layout)
+
+
 def reading(model, how, row_tokens=0): model.reading, model.row_tokens = how, row_tokens; return model
 
 def score(out, valid):
@@ -77,9 +84,7 @@ def test_every_way_to_read_is_the_same(mode, attention):
 @pytest.mark.parametrize('attention', ['sdpa', 'eager'])
 def test_packed_in_half_precision(attention):
     "Under autocast every way is about as far from float32, and all of it is finite."
-    model, layout = build_tiny(SMALL)
-    model.set_attn_implementation(attention)
-    batch = streams(layout)
+    model, batch = tiny_and_streams(attention)
     exact = results(reading(model.eval(), 'alone'), batch)[0]
     with torch.autocast('cpu', dtype=torch.bfloat16):
         alone, packed = (results(reading(model, *way), batch)[0] for way in (('alone', 0), ('packed', 10**6)))
@@ -91,9 +96,7 @@ def test_packed_in_half_precision(attention):
 @pytest.mark.parametrize('attention', ['sdpa', 'eager'])
 def test_no_stream_sees_another(attention):
     "Three streams in one row. Exchange one for noise: the others' outputs stay. Learn from one: the others' gradient is exactly zero."
-    model, layout = build_tiny(SMALL)
-    model.set_attn_implementation(attention)
-    batch = streams(layout)
+    model, batch = tiny_and_streams(attention)
     lengths = model.lengths(batch['frame_positions'], batch['step_spans'], batch['labels'])
     assert len(pack_rows(lengths.tolist(), 10**6)) == 1
     reading(model.eval(), 'packed', 10**6)
