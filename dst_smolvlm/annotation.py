@@ -6,7 +6,7 @@
 __all__ = ['BACKWARDS', 'Seconds', 'RecordError', 'validate', 'parse_json', 'Step', 'Turn', 'VideoRecord', 'write_records',
            'TimestampToStateConverter']
 
-# %% ../nbs/01_annotation.ipynb #eac685a5
+# %% ../nbs/01_annotation.ipynb #f67c9921
 import json, re, reprlib
 from collections import Counter, defaultdict
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from .config import InputError, atomic_write
 from .state import frame_of, frame_times, states_at, states_from_spans
 
-# %% ../nbs/01_annotation.ipynb #a58e34f0
+# %% ../nbs/01_annotation.ipynb #81a9c19c
 class RecordError(InputError):
     "An annotation is wrong; the message is one line with all that is known of the place."
     def __init__(
@@ -50,7 +50,7 @@ def _one_line(text) -> str:
     "Text that any terminal can print: on one line, and without half characters."
     return ' '.join(str(text).encode('utf-8', 'backslashreplace').decode().split())
 
-# %% ../nbs/01_annotation.ipynb #53180d45
+# %% ../nbs/01_annotation.ipynb #3dfdfb2f
 def validate(model, data, file, record: str = '', at: str = ''):
     "`data`, which stands at `at` in the record, as a `model`; a `RecordError` names the first thing wrong with it."
     try: return model.model_validate(data)
@@ -64,7 +64,7 @@ def validate(model, data, file, record: str = '', at: str = ''):
 
 BACKWARDS = 'ends before it starts'
 
-# %% ../nbs/01_annotation.ipynb #819c90ac
+# %% ../nbs/01_annotation.ipynb #fb3f044c
 def parse_json(text: str, file, record: str = ''):
     "The value in `text`; raises `RecordError`."
     try:
@@ -85,7 +85,7 @@ def _object(pairs: list[tuple]) -> dict:
         raise ValueError(f'the key {twice[:80]!r} occurs twice')
     return found
 
-# %% ../nbs/01_annotation.ipynb #e12cccf2
+# %% ../nbs/01_annotation.ipynb #9f657ebc
 class _Model(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
 
@@ -110,9 +110,9 @@ class Turn(_Model):
     time: Seconds                       # on the video's clock
     content: str = Field(min_length=1)
 
-# %% ../nbs/01_annotation.ipynb #8d6e97f8
-class VideoRecord(_Model):
-    "One annotated video; all times are seconds on its own clock."
+# %% ../nbs/01_annotation.ipynb #1dc98559
+class _Annotation(_Model):
+    "What stands in a record."
     video_uid: str = Field(min_length=1)
     dataset: str
     fps: float = Field(2.0, gt=0, le=240)          # the rate at which a model watches, not that of the file
@@ -138,6 +138,9 @@ class VideoRecord(_Model):
         "The name of this record; `video_uid` is that of its video."
         return f'{self.video_uid}.{self.dialogue}' if self.dialogue else self.video_uid
 
+# %% ../nbs/01_annotation.ipynb #83a25d0d
+class VideoRecord(_Annotation):
+    "One annotated video; all times are seconds on its own clock."
     @classmethod
     def from_json(cls, text: str, file='', record: str = '') -> 'VideoRecord':
         "The record in one line of JSON; `file` and `record` are what a `RecordError` names."
@@ -168,13 +171,13 @@ class VideoRecord(_Model):
             if turn.role != 'system': turns[frame_of(turn.time, fps)].append(turn)
         return {frame: said for frame, said in turns.items() if frame < self.num_frames(fps)}
 
-# %% ../nbs/01_annotation.ipynb #8169d3d5
+# %% ../nbs/01_annotation.ipynb #7be6c4ba
 def write_records(records, path):
     "Write records as JSONL, whole or not at all."
     with atomic_write(path) as f:
         for r in records: f.write(r.to_json() + '\n')
 
-# %% ../nbs/01_annotation.ipynb #9bc7e44d
+# %% ../nbs/01_annotation.ipynb #666b4590
 class TimestampToStateConverter:
     "States from `{name: {'timestamps': [first, …, last]}}`, or from a list of `Step`."
     def __init__(self, steps: dict | list[Step], repeats: str = 'merge'):

@@ -6,7 +6,7 @@
 __all__ = ['InputError', 'run_cli', 'conf_dir', 'compose_config', 'parse_cli', 'atomic_write', 'safe_name', 'save_config',
            'environment']
 
-# %% ../nbs/00_config.ipynb #37006462
+# %% ../nbs/00_config.ipynb #866143f0
 import difflib, functools, hashlib, os, platform, re, sys
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,11 +18,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# %% ../nbs/00_config.ipynb #5db9aaac
+# %% ../nbs/00_config.ipynb #6e240dc1
 class InputError(ValueError):
     "Something the user gave is wrong; the message is one line that names it, says where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #b08c8718
+# %% ../nbs/00_config.ipynb #d450f525
 def run_cli(main):
     "Decorate a `main(argv=None)`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."
     @functools.wraps(main)
@@ -45,7 +45,7 @@ def run_cli(main):
             raise SystemExit(130) from None
     return wrapper
 
-# %% ../nbs/00_config.ipynb #3e5925a6
+# %% ../nbs/00_config.ipynb #23d45f4a
 def conf_dir() -> Path:
     "The folder of YAML groups inside the installed package."
     import dst_smolvlm
@@ -59,7 +59,7 @@ def _known_keys(cfg, prefix='') -> list[str]:
         if isinstance(cfg._get_node(key), DictConfig): keys += _known_keys(cfg[key], f'{prefix}{key}.')
     return keys
 
-# %% ../nbs/00_config.ipynb #10a2700b
+# %% ../nbs/00_config.ipynb #34239569
 def _explain(override: str, error: Exception, default: DictConfig) -> str:
     "One line that says what is wrong with `override`."
     key, _, value = override.lstrip('+~').partition('=')
@@ -75,7 +75,7 @@ def _explain(override: str, error: Exception, default: DictConfig) -> str:
         return f"{override}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else '; --cfg prints every key') + added
     return f"{override}: {' '.join(str(error).split())[:200]}"
 
-# %% ../nbs/00_config.ipynb #0f6a23bc
+# %% ../nbs/00_config.ipynb #b41cd5ef
 def _check_numbers(cfg, default, prefix=''):
     "Refuse text where the default is a number."
     for key, value in cfg.items():
@@ -84,7 +84,7 @@ def _check_numbers(cfg, default, prefix=''):
         elif isinstance(known, (int, float)) and isinstance(value, str):
             raise InputError(f'{prefix}{key}={value}: must be a number, for example {known}')
 
-# %% ../nbs/00_config.ipynb #9e16e428
+# %% ../nbs/00_config.ipynb #d6931e28
 def compose_config(overrides=()) -> DictConfig:
     "The resolved configuration for dotted `overrides` such as `['data=toy', 'train.seed=1']`; raises `InputError`."
     def build(overrides):
@@ -104,7 +104,7 @@ def compose_config(overrides=()) -> DictConfig:
                 raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
         raise InputError(' '.join(str(e).split())) from None
 
-# %% ../nbs/00_config.ipynb #4bf07039
+# %% ../nbs/00_config.ipynb #39280933
 def parse_cli(argv, usage:str='') -> DictConfig:
     "Overrides in `argv` → configuration. `--cfg` prints it and leaves with status 0; `--help` prints `usage`."
     argv = list(argv)
@@ -115,7 +115,7 @@ def parse_cli(argv, usage:str='') -> DictConfig:
     if '--cfg' in argv: print(OmegaConf.to_yaml(cfg), end=''); raise SystemExit(0)
     return cfg
 
-# %% ../nbs/00_config.ipynb #f239fb3e
+# %% ../nbs/00_config.ipynb #c8a45652
 @contextmanager
 def atomic_write(path, mode:str='w'):
     "Open a temporary file that takes the name `path` only when the block ends without an error."
@@ -131,21 +131,21 @@ def atomic_write(path, mode:str='w'):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #886a9c0f
+# %% ../nbs/00_config.ipynb #c2a2f8bf
 def safe_name(name: str) -> str:
     "`name` if any file may be called so, else the readable part of it with its hash; different names stay different."
     if re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,119}', name): return name
     digest = hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
     return re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:80].strip('._') + f'-{digest}'
 
-# %% ../nbs/00_config.ipynb #80036371
+# %% ../nbs/00_config.ipynb #112eb01f
 def save_config(cfg: DictConfig, folder) -> Path:
     "Write the resolved configuration as `folder/config.yaml` and return its path."
     path = Path(folder)/'config.yaml'
     with atomic_write(path) as f: f.write(OmegaConf.to_yaml(cfg))
     return path
 
-# %% ../nbs/00_config.ipynb #ecbe0150
+# %% ../nbs/00_config.ipynb #da9420b6
 def environment() -> dict:
     "What a result was made with: `hardware`, `python` and the `versions` of the packages that compute."
     return dict(hardware=f'{platform.machine()}, {os.cpu_count()} cores', python=platform.python_version(),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'scene_video', 'load_glimpse_scenes',
-           'corrupt_told', 'quietness', 'clip_bounds', 'DSTStreamDataset', 'pad_stack', 'StreamCollator',
-           'model_inputs', 'LengthGroupedSampler', 'DSTFrameDataset', 'frame_sample']
+           'corrupt_told', 'quietness', 'clip_bounds', 'decision_labels', 'RowOptions', 'glimpse_frames', 'Glimpses',
+           'StreamRows', 'DSTStreamDataset', 'pad_stack', 'StreamCollator', 'model_inputs', 'LengthGroupedSampler',
+           'DSTFrameDataset', 'frame_sample']
 
-# %% ../nbs/08_dataset.ipynb #91861fc1
+# %% ../nbs/08_dataset.ipynb #3e1d47ea
 import hashlib, math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .state import IN_PROGRESS, frame_of
 from .video import frames_to_pixels
 from .world import SPLITS, WorldConfig, make_scene, make_world, replay
 
-# %% ../nbs/08_dataset.ipynb #40f7c338
+# %% ../nbs/08_dataset.ipynb #f9f9b70c
 @dataclass
 class VideoScene:
     "A record whose frames are decoded from its video file."
@@ -43,7 +44,7 @@ class VideoScene:
         return f'{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
-# %% ../nbs/08_dataset.ipynb #cabeca63
+# %% ../nbs/08_dataset.ipynb #38355973
 @dataclass
 class ToyScenes:
     "The first `length` scenes of a split of the toy world."
@@ -56,7 +57,7 @@ class ToyScenes:
         if not -self.length <= i < self.length: raise IndexError(f'scene {i} of {self.length}')
         return make_scene(i % self.length, self.split, self.world, self.seed)
 
-# %% ../nbs/08_dataset.ipynb #84565b4a
+# %% ../nbs/08_dataset.ipynb #d6ad03e4
 def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     "Deal videos to train, validation and test in these shares (each of the last two gets one if there are three or more)."
     order = lambda uid: hashlib.sha256(uid.encode()).hexdigest()
@@ -67,7 +68,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     split = {uid: 'validation' if i < n_val else 'test' if i < n_val + n_test else 'train' for i, uid in enumerate(videos)}
     return {name: [r for r in ranked if split[r.video_uid] == name] for name in ('validation', 'test', 'train')}
 
-# %% ../nbs/08_dataset.ipynb #523946fa
+# %% ../nbs/08_dataset.ipynb #e863c887
 def load_scenes(cfg, split:str) -> Sequence:
     "The scenes of one split of the configuration group `data`."
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
@@ -81,18 +82,18 @@ def load_scenes(cfg, split:str) -> Sequence:
     if cfg.source == 'replay': return [replay(r, world) for r in records]
     return [VideoScene(r, Path(r.video)) for r in records]
 
-# %% ../nbs/08_dataset.ipynb #31e8374c
+# %% ../nbs/08_dataset.ipynb #a3ebfc2e
 def scene_video(scene) -> Video:
     "The video of a scene, as the feature store knows it."
     return Video(scene.record, scene.path if isinstance(scene, VideoScene) else scene)
 
-# %% ../nbs/08_dataset.ipynb #6d1f794a
+# %% ../nbs/08_dataset.ipynb #8c7a06f0
 def load_glimpse_scenes(cfg) -> Sequence|None:
     "Where the glimpses of a training come from, if in the toy world `cfg.glimpse_world` makes them differ; else None, the same scenes."
     if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
     return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'glimpse_world'))
 
-# %% ../nbs/08_dataset.ipynb #452aa2a1
+# %% ../nbs/08_dataset.ipynb #2f610622
 def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
     """What the model is told instead of the truth: states [T+1, S] → told [T+1, S]. In a `share` of streams some changes are missed,
     come late, or hit the wrong step; the next true change repairs what was told, as it does in streaming."""
@@ -114,7 +115,7 @@ def corrupt_told(states, rng, share:float=.4) -> np.ndarray:
         told[i] = row
     return told
 
-# %% ../nbs/08_dataset.ipynb #53966ea6
+# %% ../nbs/08_dataset.ipynb #085fe2b7
 def quietness(record:VideoRecord, states) -> np.ndarray:
     "How well a stream may be cut before each frame [T]: the distance to the nearest event, at most 3; and 3 more at rest."
     before = np.concatenate([np.zeros_like(states[:1]), states[:-1]])                       # [T, S]
@@ -124,7 +125,7 @@ def quietness(record:VideoRecord, states) -> np.ndarray:
     idle = before.any(-1) & ~(before == IN_PROGRESS).any(-1)
     return far + 3*(idle & (far == 3))
 
-# %% ../nbs/08_dataset.ipynb #892a4def
+# %% ../nbs/08_dataset.ipynb #1c39f8e0
 def clip_bounds(record:VideoRecord, layout:StreamLayout, max_tokens:float) -> list[tuple[int, int, int]]:
     "Frames [start, stop) of the clips of a record that fit into rows of `max_tokens`, with the tokens of each; together all its frames."
     states = record.states()
@@ -143,9 +144,20 @@ def clip_bounds(record:VideoRecord, layout:StreamLayout, max_tokens:float) -> li
         start = stop
     return clips
 
-# %% ../nbs/08_dataset.ipynb #b7cc2931
-class DSTStreamDataset(Dataset):
-    "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
+# %% ../nbs/08_dataset.ipynb #39e9ac55
+def decision_labels(record:VideoRecord, states, told, start:int=0) -> tuple[np.ndarray, np.ndarray]:
+    "Speak and update labels [T] of the frames from `start` on, at which `told` [T, S] was told, and `states` [all frames, S] is the truth."
+    truth, spoken = states[start:start + len(told)], set()
+    before = np.concatenate([np.zeros_like(states[:1]), states])[start:start + len(told)]   # at the previous frame
+    changed = np.pad((truth != before).any(-1), (2, 0))
+    update = changed[2:] | (changed[1:-1] | changed[:-2]) & (truth != told).any(-1)
+    for f, turns in record.turns_at().items():
+        if any(t.role == 'assistant' for t in turns): spoken.add(f - start)
+    return np.array([t in spoken for t in range(len(told))], dtype=np.int64), update.astype(np.int64)
+
+# %% ../nbs/08_dataset.ipynb #d1f3ac1c
+class RowOptions(Dataset):
+    "What rows are made of, and how much of them is spoiled, left out or not learned."
     def __init__(
         self,
         scenes: Sequence,               # of scenes; every clip of one is a row per epoch
@@ -172,6 +184,74 @@ class DSTStreamDataset(Dataset):
             from_middle, negative_keep, dialogues, glimpses, frame_grad)
         self.store, self.split_long, self.seed, self.epoch = store, split_long, seed, 0
 
+    def set_epoch(self, epoch:int): self.epoch = epoch
+
+    def rng(self, k:int): return np.random.default_rng([self.seed, self.epoch, k])
+
+# %% ../nbs/08_dataset.ipynb #35016d9d
+def glimpse_frames(scene, rng, num_frames:int) -> list[int]:
+    "Some frames of a scene, each out of another episode as far as there are so many."
+    record, episodes, frames = scene.record, scene.episodes() or [(0, scene.record.duration)], []
+    for k in np.resize(rng.permutation(len(episodes)), num_frames):
+        first, stop = (frame_of(t, record.fps) for t in episodes[k])
+        frames.append(min(int(rng.integers(first, max(stop, first + 1))), record.num_frames() - 1))
+    return frames
+
+class Glimpses(RowOptions):
+    "Frames as the model takes them, and the glimpse of a scene."
+    def look(self, scene, start:int, stop:int) -> dict:
+        "Frames of a scene as the model takes them: pixels, or what the store has of them."
+        if self.store is not None: return dict(frame_tokens=self.store.read(scene_video(scene).uid, start, stop).float())
+        if stop == start: return dict(pixel_values=torch.zeros(0, 3, self.image_size, self.image_size))
+        return dict(pixel_values=frames_to_pixels(scene.frames(start, stop), self.image_size))
+
+    def glimpse(self, scene, rng, num_frames:int=4) -> dict:
+        "Single frames of a scene, each out of another episode as far as there are so many, and the prompt: all that the pointer needs."
+        record, frames = scene.record, glimpse_frames(scene, rng, num_frames)
+        states = record.states()[frames].astype(np.int64)                                   # [F, S]
+        prompt = self.layout.prompt(record.goal, record.knowledge, [s.name for s in record.steps], np.zeros_like(states[0]))
+        if self.store is not None: seen = dict(tokens=torch.cat([self.look(scene, f, f + 1)['frame_tokens'] for f in frames]))
+        else: seen = dict(pixels=frames_to_pixels(np.concatenate([scene.frames(f, f + 1) for f in frames]), self.image_size))
+        spans, states = torch.tensor(prompt.step_spans), torch.from_numpy(states)
+        return dict(name=record.uid, ids=torch.tensor(prompt.ids), **seen, spans=spans, states=states)
+
+# %% ../nbs/08_dataset.ipynb #39081900
+class StreamRows(Glimpses):
+    "The row of a scene."
+    def begin(self, before, first:int, stop:int, rng) -> int:
+        "The first frame of a row out of the clip `first` … `stop`, of which `before` [T+1, S] tells the state before each frame."
+        start = first + int(rng.integers(1, max(2, 2*(stop - first)//3))) if rng.random() < self.from_middle else first
+        return start if before[start].any() else first      # nothing would tell it from the beginning, at which one is greeted
+
+    def row(self, scene, rng, frames:bool=True, look:bool=True, first:int=0, stop:int|None=None) -> dict:
+        "One row of the frames `first` … `stop` of a scene, its tensors unpadded; without `look` all of it but the frames themselves."
+        record = scene.record
+        states = record.states()                                                            # [T, S]
+        stop = len(states) if stop is None else stop
+        before = np.concatenate([np.zeros_like(states[:1]), states[:stop]])                 # row i: before frame i
+        start = self.begin(before, first, stop, rng)
+        share = self.corrupt_told*(min(1., self.epoch/self.corrupt_epochs) if self.corrupt_epochs else 1.)
+        told = corrupt_told(before[start:], rng, share)
+        replies = not frames or rng.random() >= self.drop_replies
+        stream = layout_stream(self.layout, record, told, start, stop, replies=replies, frames=frames, max_tokens=self.max_seq_len)
+        T = len(stream.frame_positions)
+        if frames and not T:
+            raise InputError(f'train.max_seq_len={self.max_seq_len}: not even the prompt and one frame of {record.video_uid} fit; raise it')
+        truth, told = states[start:start+T].astype(np.int64), told[:T].astype(np.int64)
+        speak, update = decision_labels(record, states, told, start)
+        keep, learn_frames = rng.random(T) < self.negative_keep, rng.random(T) < self.frame_grad
+        if T and self.frame_grad and not learn_frames.any(): learn_frames[0] = True         # the tower's gradient must exist on every rank
+        name = f'{record.uid} frames {start}-{start + T - 1}' if frames else f'{record.uid} words'
+        return dict(name=name, input_ids=torch.tensor(stream.ids), labels=torch.tensor(stream.labels),
+                    **(self.look(scene, start, start + T) if look else {}), learn_frames=torch.from_numpy(learn_frames),
+                    frame_positions=torch.tensor(stream.frame_positions, dtype=torch.long), step_spans=torch.tensor(stream.step_spans),
+                    told=torch.from_numpy(told), state_labels=torch.from_numpy(truth),
+                    speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
+                    update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
+
+# %% ../nbs/08_dataset.ipynb #0479587d
+class DSTStreamDataset(StreamRows):
+    "Streams of scenes as training rows: tokens, pixels, told states and a label for every frame."
     @cached_property
     def clips(self) -> list[tuple[int, int, int, int]]:
         "Scene, first frame, one past the last, and tokens of every clip."
@@ -185,9 +265,6 @@ class DSTStreamDataset(Dataset):
         return [min(n, self.max_seq_len) for *_, n in self.clips]
 
     def __len__(self): return len(self.clips) if self.split_long else len(self.scenes)
-    def set_epoch(self, epoch:int): self.epoch = epoch
-
-    def rng(self, k:int): return np.random.default_rng([self.seed, self.epoch, k])
 
     def stream(self, k:int, rng, look:bool=True) -> dict:
         "The row of clip `k`."
@@ -201,63 +278,14 @@ class DSTStreamDataset(Dataset):
         rows = [self.stream(k, rng)] + [self.row(s, rng, frames=False) for s in others(self.scenes, self.dialogues)]
         return rows, [self.glimpse(s, rng) for s in others(self.glimpse_scenes, self.glimpses)]
 
-    def look(self, scene, start:int, stop:int) -> dict:
-        "Frames of a scene as the model takes them: pixels, or what the store has of them."
-        if self.store is not None: return dict(frame_tokens=self.store.read(scene_video(scene).uid, start, stop).float())
-        if stop == start: return dict(pixel_values=torch.zeros(0, 3, self.image_size, self.image_size))
-        return dict(pixel_values=frames_to_pixels(scene.frames(start, stop), self.image_size))
-
-    def glimpse(self, scene, rng, num_frames:int=4) -> dict:
-        "Single frames of a scene, each out of another episode as far as there are so many, and the prompt: all that the pointer needs."
-        record, episodes, frames = scene.record, scene.episodes() or [(0, scene.record.duration)], []
-        for k in np.resize(rng.permutation(len(episodes)), num_frames):
-            first, stop = (frame_of(t, record.fps) for t in episodes[k])
-            frames.append(min(int(rng.integers(first, max(stop, first + 1))), record.num_frames() - 1))
-        states = record.states()[frames].astype(np.int64)                                   # [F, S]
-        prompt = self.layout.prompt(record.goal, record.knowledge, [s.name for s in record.steps], np.zeros_like(states[0]))
-        if self.store is not None: seen = dict(tokens=torch.cat([self.look(scene, f, f + 1)['frame_tokens'] for f in frames]))
-        else: seen = dict(pixels=frames_to_pixels(np.concatenate([scene.frames(f, f + 1) for f in frames]), self.image_size))
-        spans, states = torch.tensor(prompt.step_spans), torch.from_numpy(states)
-        return dict(name=record.uid, ids=torch.tensor(prompt.ids), **seen, spans=spans, states=states)
-
-    def row(self, scene, rng, frames:bool=True, look:bool=True, first:int=0, stop:int|None=None) -> dict:
-        "One row of the frames `first` … `stop` of a scene, its tensors unpadded; without `look` all of it but the frames themselves."
-        record = scene.record
-        states = record.states()                                                            # [T, S]
-        stop = len(states) if stop is None else stop
-        before = np.concatenate([np.zeros_like(states[:1]), states[:stop]])                 # row i: before frame i
-        start = first + int(rng.integers(1, max(2, 2*(stop - first)//3))) if rng.random() < self.from_middle else first
-        if not before[start].any(): start = first           # nothing would tell it from the beginning, at which one is greeted
-        share = self.corrupt_told*(min(1., self.epoch/self.corrupt_epochs) if self.corrupt_epochs else 1.)
-        told = corrupt_told(before[start:], rng, share)
-        replies = not frames or rng.random() >= self.drop_replies
-        stream = layout_stream(self.layout, record, told, start, stop, replies=replies, frames=frames, max_tokens=self.max_seq_len)
-        T = len(stream.frame_positions)
-        if frames and not T:
-            raise InputError(f'train.max_seq_len={self.max_seq_len}: not even the prompt and one frame of {record.video_uid} fit; raise it')
-        truth, told = states[start:start+T].astype(np.int64), told[:T].astype(np.int64)
-        changed = np.pad((truth != before[start:start+T]).any(-1), (2, 0))
-        update = (changed[2:] | (changed[1:-1] | changed[:-2]) & (truth != told).any(-1)).astype(np.int64)
-        spoken = {f for f, turns in record.turns_at().items() if any(t.role == 'assistant' for t in turns)}
-        speak = np.array([start + t in spoken for t in range(T)], dtype=np.int64)
-        keep, learn_frames = rng.random(T) < self.negative_keep, rng.random(T) < self.frame_grad
-        if T and self.frame_grad and not learn_frames.any(): learn_frames[0] = True         # the tower's gradient must exist on every rank
-        name = f'{record.uid} frames {start}-{start + T - 1}' if frames else f'{record.uid} words'
-        return dict(name=name, input_ids=torch.tensor(stream.ids), labels=torch.tensor(stream.labels),
-                    **(self.look(scene, start, start + T) if look else {}), learn_frames=torch.from_numpy(learn_frames),
-                    frame_positions=torch.tensor(stream.frame_positions, dtype=torch.long), step_spans=torch.tensor(stream.step_spans),
-                    told=torch.from_numpy(told), state_labels=torch.from_numpy(truth),
-                    speak_labels=torch.from_numpy(np.where(keep | (speak == 1), speak, -100)),
-                    update_labels=torch.from_numpy(np.where(keep | (update == 1), update, -100)))
-
-# %% ../nbs/08_dataset.ipynb #3f995b08
+# %% ../nbs/08_dataset.ipynb #e318a610
 def pad_stack(tensors:list[torch.Tensor], value) -> torch.Tensor:
     "Stack tensors of the same rank and different sizes, padded at their ends with `value`."
     out = torch.full((len(tensors), *(max(sizes) for sizes in zip(*(t.shape for t in tensors)))), value, dtype=tensors[0].dtype)
     for row, t in zip(out, tensors): row[tuple(slice(n) for n in t.shape)] = t
     return out
 
-# %% ../nbs/08_dataset.ipynb #43740e0a
+# %% ../nbs/08_dataset.ipynb #17c796e5
 @dataclass
 class StreamCollator:
     "Pads rows to one batch; the pixels, or the features, of all frames are put one after another, in reading order."
@@ -275,12 +303,12 @@ class StreamCollator:
             for key in {'pixels', 'tokens'} & {*glimpses[0]}: batch[f'glimpse_{key}'] = torch.cat([g[key] for g in glimpses])
         return batch | dict(records=names)
 
-# %% ../nbs/08_dataset.ipynb #65dfb2e3
+# %% ../nbs/08_dataset.ipynb #eca8fc71
 TARGETS = 'speak_labels', 'update_labels', 'state_labels', 'glimpse_states', 'records'
 
 def model_inputs(batch:dict) -> dict: return {k: v for k, v in batch.items() if k not in TARGETS}
 
-# %% ../nbs/08_dataset.ipynb #e94f4336
+# %% ../nbs/08_dataset.ipynb #16a70b19
 class LengthGroupedSampler(Sampler):
     "Indices of a `DSTStreamDataset` in groups of similar length, drawn from its seed and epoch."
     def __init__(self, data:DSTStreamDataset, group:int, stretch:int=50): self.data, self.group, self.stretch = data, group, stretch
@@ -296,7 +324,7 @@ class LengthGroupedSampler(Sampler):
         if whole: whole.insert(0, whole.pop(int(np.argmax([lengths[g].max() for g in whole]))))
         return iter(int(i) for g in whole + rest for i in g)
 
-# %% ../nbs/08_dataset.ipynb #733ca55d
+# %% ../nbs/08_dataset.ipynb #b891a49a
 class DSTFrameDataset(Dataset):
     "The rows of a `DSTStreamDataset`, one sample for each of their frames: the row up to that frame, with its labels alone."
     def __init__(self, streams:DSTStreamDataset): self.streams = streams; self.set_epoch(streams.epoch)

@@ -8,7 +8,7 @@ __all__ = ['VARIANTS', 'STREAMING_CODE', 'CODE', 'THRESHOLD_GRID', 'COLUMNS', 'M
            'count_cores', 'stream_scenes', 'with_threshold', 'tune_thresholds', 'score_row', 'format_rows', 'run_meta',
            'png_uri', 'report_html', 'evaluate', 'main']
 
-# %% ../nbs/13_evaluate.ipynb #84193ad2
+# %% ../nbs/13_evaluate.ipynb #c378759c
 import base64, hashlib, html, io, json, os, shlex, threading, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ from .dataset import load_scenes
 from .lanes import timeline_figure
 from .metrics import baseline_trace, score_traces
 from .model import checkpoint_hash, load_pretrained
-from .stream import backbone_dtype, given_thresholds, pick_device, runner_options, stream_record
+from .stream import HonestClock, backbone_dtype, given_thresholds, pick_device, prepare, runner_options, stream_record
 from .trace import read_trace, write_trace
 
-# %% ../nbs/13_evaluate.ipynb #db4a62c5
+# %% ../nbs/13_evaluate.ipynb #ce404f0e
 @dataclass(frozen=True)
 class Variant:
     "One way to stream a video; a row of the scores."
@@ -44,7 +44,7 @@ VARIANTS = (Variant('model', what='own feedback, with the online filter'),
             Variant('control_grey', control='grey', what='control: every frame is grey'),
             Variant('control_permuted', control='permuted', what='control: the step lines are permuted'))
 
-# %% ../nbs/13_evaluate.ipynb #bea72a23
+# %% ../nbs/13_evaluate.ipynb #92519856
 def controlled(variant:Variant, scene, seed:int=0):
     "The record and the frames that a variant streams: the scene's own, or spoiled ones."
     record, frames = scene.record, scene.frames()
@@ -56,8 +56,9 @@ def controlled(variant:Variant, scene, seed:int=0):
         record = record.model_copy(update={'steps': [s.model_copy(update={'name': name}) for s, name in zip(record.steps, names)]})
     return record, frames
 
-# %% ../nbs/13_evaluate.ipynb #5a76b024
-STREAMING_CODE = ('cache', 'model', 'prompt', 'render', 'state', 'stream', 'video', 'world')
+# %% ../nbs/13_evaluate.ipynb #7f581a39
+STREAMING_CODE = ('budget', 'cache', 'filter', 'heads', 'int8', 'kv', 'log', 'model', 'prompt', 'render', 'runner', 'state', 'stream',
+                  'video', 'world')
 
 def code_hash() -> str:
     "Short hash of the modules that decide what a stream looks like."
@@ -66,7 +67,7 @@ def code_hash() -> str:
 
 CODE = code_hash()             # of the code that this process has loaded, whatever becomes of the files
 
-# %% ../nbs/13_evaluate.ipynb #0a3a91a7
+# %% ../nbs/13_evaluate.ipynb #1c5fff57
 @dataclass(frozen=True)
 class Job:
     "One video in one variant: all that a worker process needs to know."
@@ -82,38 +83,41 @@ class Job:
     def fingerprint(self) -> str:
         eval_cfg = self.cfg.eval
         options = OmegaConf.to_container(self.cfg.context_strategy), OmegaConf.to_container(OmegaConf.create(dict(filter=eval_cfg.filter)))
-        parts = [self.weights, CODE, self.variant.name, self.thresholds, *options, eval_cfg.max_reply_tokens, eval_cfg.dtype,
+        others = [eval_cfg[key] for key in ('max_reply_tokens', 'refractory_s', 'clock', 'int8_vision', 'dtype')]
+        parts = [self.weights, CODE, self.variant.name, self.thresholds, *options, *others,
                  pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.scene.fingerprint()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/13_evaluate.ipynb #b83f6dfc
+# %% ../nbs/13_evaluate.ipynb #aa531e0f
 _loaded = {}                   # the last checkpoint of this process, by what it was loaded from
 
 def stream_one(job:Job) -> Path:
     "Stream one video and write its trace; one with the same fingerprint is left as it is. Runs in a worker process."
     if job.path.is_file() and read_trace(job.path).meta.get('fingerprint') == job.fingerprint: return job.path
-    key = job.checkpoint, job.weights, job.cfg.eval.device, job.cfg.eval.dtype
+    key = job.checkpoint, job.weights, job.cfg.eval.device, job.cfg.eval.dtype, job.cfg.eval.int8_vision
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = load_pretrained(job.checkpoint, dtype=backbone_dtype(job.cfg), device=pick_device(job.cfg))
+        model, layout = load_pretrained(job.checkpoint, dtype=backbone_dtype(job.cfg), device=pick_device(job.cfg))
+        _loaded[key] = prepare(model, job.cfg), layout
     model, layout = _loaded[key]
     record, frames = controlled(job.variant, job.scene)
     options = runner_options(job.cfg, model, job.thresholds)
     if not job.variant.use_filter: options['filter_options'] = None
-    meta = dict(fingerprint=job.fingerprint)
-    try: trace = stream_record(model.eval(), layout, record, frames, name=job.variant.name, meta=meta, **options)
+    clock = job.cfg.eval.clock and HonestClock(record.fps, job.cfg.eval.clock)
+    meta = dict(fingerprint=job.fingerprint, clock=job.cfg.eval.clock)
+    try: trace = stream_record(model, layout, record, frames, name=job.variant.name, meta=meta, clock=clock, **options)
     except InputError as e: raise InputError(f'{record.uid}: {e}') from None
     write_trace(trace, job.path)
     return job.path
 
-# %% ../nbs/13_evaluate.ipynb #612f903e
+# %% ../nbs/13_evaluate.ipynb #1dc8fc03
 def start_worker():
     "One thread per process; and a watch that ends the process when its parent was killed, and could not say goodbye."
     torch.set_num_threads(1)
     def watch(): parent_process().join(); os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/13_evaluate.ipynb #0d31a0ba
+# %% ../nbs/13_evaluate.ipynb #5055d7c6
 def processes():
     "The way in which worker processes start."
     if 'forkserver' not in get_all_start_methods(): return get_context('spawn')
@@ -121,7 +125,7 @@ def processes():
     context.set_forkserver_preload(['dst_smolvlm.dataset', 'dst_smolvlm.metrics', 'dst_smolvlm.stream'])
     return context
 
-# %% ../nbs/13_evaluate.ipynb #a3f76651
+# %% ../nbs/13_evaluate.ipynb #75c7472c
 def run_jobs(jobs, workers:int, title:str) -> dict:
     "Stream all `jobs`, in `workers` processes; → by the number of the job the path of its trace, or the `InputError` that it ended with."
     done = {}
@@ -140,7 +144,7 @@ def run_jobs(jobs, workers:int, title:str) -> dict:
             except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
     return done
 
-# %% ../nbs/13_evaluate.ipynb #d44035ca
+# %% ../nbs/13_evaluate.ipynb #d743677e
 def count_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -156,7 +160,7 @@ def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='
     if failed: raise InputError(f'{len(failed)} of {len(jobs)} streams failed, the others are kept in {folder}. The first: {failed[0]}')
     return {v.name: [read_trace(done[i]) for i, job in enumerate(jobs) if job.variant is v] for v in variants}
 
-# %% ../nbs/13_evaluate.ipynb #915d511e
+# %% ../nbs/13_evaluate.ipynb #aa3fa318
 def with_threshold(trace, head:str, theta:float):
     "The trace as if `head` had used the threshold `theta` (feedback left as it was)."
     meta = trace.meta | dict(thresholds=trace.meta['thresholds'] | {head: theta})
@@ -164,7 +168,7 @@ def with_threshold(trace, head:str, theta:float):
     if head == 'speak': frames = [f.model_copy(update={'text': (f.text or '…') if f.speak_prob >= theta else None}) for f in frames]
     return trace.model_copy(update=dict(meta=meta, frames=frames))
 
-# %% ../nbs/13_evaluate.ipynb #75258fff
+# %% ../nbs/13_evaluate.ipynb #6e5d4999
 THRESHOLD_GRID = np.arange(.05, 1., .05)
 
 def tune_thresholds(traces, records, tolerance_s:float, grid=THRESHOLD_GRID) -> dict[str, float]:
@@ -179,7 +183,7 @@ def tune_thresholds(traces, records, tolerance_s:float, grid=THRESHOLD_GRID) -> 
         best[head] = round(float(grid[top[len(top)//2]]), 3)
     return best
 
-# %% ../nbs/13_evaluate.ipynb #30bc4169
+# %% ../nbs/13_evaluate.ipynb #990d4963
 COLUMNS = ('speaking_f1', 'update_f1', 'joint_goal_accuracy', 'slot_accuracy', 'response_names_step')
 MORE_COLUMNS = ('speaking_precision', 'speaking_recall', 'update_precision', 'update_recall', 'state_change_f1', 'legal_ratio')
 BASELINE_ROWS = dict(
@@ -203,7 +207,7 @@ def format_rows(rows) -> str:
     widths = [max(len(row[i]) for row in [head] + body) for i in range(len(head))]
     return '\n'.join('  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in [head] + body)
 
-# %% ../nbs/13_evaluate.ipynb #f4652927
+# %% ../nbs/13_evaluate.ipynb #42bf4bcc
 def run_meta(cfg, checkpoint, thresholds, records, argv) -> dict:
     "Everything that one needs to make the figures again."
     uids = hashlib.sha256('\n'.join(json.dumps(r.model_dump(mode='json'), sort_keys=True) for r in records).encode()).hexdigest()[:12]
@@ -215,7 +219,7 @@ def run_meta(cfg, checkpoint, thresholds, records, argv) -> dict:
         tolerance_s=cfg.eval.tolerance_s, thresholds=thresholds, strategy=cfg.context_strategy.name,
         filter=OmegaConf.to_container(cfg.eval).get('filter'), device=pick_device(cfg), dtype=cfg.eval.dtype, **environment())
 
-# %% ../nbs/13_evaluate.ipynb #f4472bd5
+# %% ../nbs/13_evaluate.ipynb #1d29c489
 def png_uri(fig) -> str:
     "A figure as a data URI, so that the report is one file."
     out = io.BytesIO()
@@ -232,7 +236,7 @@ pre{padding:.8em;overflow:auto}
 .model td{font-weight:600}
 .note{color:#555}"""
 
-# %% ../nbs/13_evaluate.ipynb #414f8fe3
+# %% ../nbs/13_evaluate.ipynb #bd3d2e38
 def report_html(rows, meta, traces, records, what) -> str:
     "The self-contained report: the rows, what they mean, how they were made, and the timelines of the videos."
     cell = lambda v: '–' if v is None else f'{v:.3f}'
@@ -263,7 +267,7 @@ itself, and <i>legal ratio</i> is the share of its transitions that go forward b
 <h2>Timelines</h2><p>Thick lanes: predicted; thin: true.</p>{pictures}
 <h2>How this was made</h2><pre>{html.escape(json.dumps(meta, indent=1))}</pre></html>"""
 
-# %% ../nbs/13_evaluate.ipynb #537ccbee
+# %% ../nbs/13_evaluate.ipynb #6c6f6e4e
 def evaluate(cfg, argv=()) -> dict:
     "Stream and score a checkpoint by a configuration; leaves traces, `scores.json` and `report.html` in the output folder."
     out = Path(cfg.output_dir)
@@ -299,7 +303,7 @@ def evaluate(cfg, argv=()) -> dict:
     print(format_rows(rows), f"\n\n{meta['videos']} {cfg.eval.split} videos, thresholds {source}; {out/'report.html'} has their timelines")
     return dict(rows=rows, meta=meta)
 
-# %% ../nbs/13_evaluate.ipynb #49556068
+# %% ../nbs/13_evaluate.ipynb #ce9201ff
 USAGE = """usage: python -m dst_smolvlm.evaluate [--cfg] [group=choice] [group.key=value] ...
 Streams the videos of eval.split with OUTPUT_DIR/checkpoint and leaves traces, scores.json and report.html there."""
 
@@ -308,5 +312,5 @@ def main(argv=None):
     "The command: overrides → scores and report."
     evaluate(parse_cli(argv, USAGE), argv)
 
-# %% ../nbs/13_evaluate.ipynb #ae29e814
+# %% ../nbs/13_evaluate.ipynb #5744c8ed
 if __name__ == '__main__' and '__file__' in globals(): main()

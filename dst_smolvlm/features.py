@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'DTYPES', 'FRAMES_PER_BATCH', 'USAGE', 'encoder_fingerprint', 'file_hash', 'Video', 'list_videos',
-           'file_name', 'write_tokens', 'FeatureStore', 'encode_video', 'Claims', 'sweep', 'StoreReport', 'write_video',
-           'write_store', 'my_place', 'load_encoder', 'build_store', 'main']
+           'file_name', 'write_tokens', 'open_features', 'StoreFiles', 'FeatureStore', 'encode_video', 'Claims',
+           'sweep', 'StoreReport', 'write_video', 'write_store', 'my_place', 'load_encoder', 'build_store', 'main']
 
-# %% ../nbs/07_features.ipynb #286fc16d
+# %% ../nbs/07_features.ipynb #6a88013b
 import fcntl, hashlib, json, math, os, re, sys, time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .records import VideoRecord, load_records
 from .video import frames_to_pixels, iter_frames, prefetch, video_length
 from .world import Scene, make_scene, make_world, render_frame, replay
 
-# %% ../nbs/07_features.ipynb #8c937512
+# %% ../nbs/07_features.ipynb #fcbe0f66
 FORMAT = 1    # to be raised when the same file would be given other frames than before
 
 def encoder_fingerprint(model, dtype:str='bfloat16') -> str:
@@ -43,7 +43,7 @@ def encoder_fingerprint(model, dtype:str='bfloat16') -> str:
             digest.update(p.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
-# %% ../nbs/07_features.ipynb #e15b1ded
+# %% ../nbs/07_features.ipynb #2f2a8c55
 def file_hash(path, block:int=2**20, blocks:int=8) -> str:
     "Hash of a file's size and content; of a large file, of `blocks` blocks from its first to its last byte. Raises `InputError`."
     try:
@@ -57,7 +57,7 @@ def file_hash(path, block:int=2**20, blocks:int=8) -> str:
     except OSError as e: raise InputError(f'{path}: not readable ({e.strerror})') from None
     return digest.hexdigest()
 
-# %% ../nbs/07_features.ipynb #217cd59f
+# %% ../nbs/07_features.ipynb #283aa822
 @dataclass
 class Video:
     "A record and where its frames come from."
@@ -95,7 +95,7 @@ class Video:
             raise InputError(f'{self.source}: the video ends after {n} frames at {fps:g} FPS, its record {self.record.uid} has {len(self)}')
         if n < stop: yield frame.image
 
-# %% ../nbs/07_features.ipynb #72c10c97
+# %% ../nbs/07_features.ipynb #646c7bb0
 def list_videos(cfg) -> list[Video]:
     "The videos of all records of the group `data`, as training sees them; raises `InputError`."
     data = cfg.data
@@ -108,13 +108,13 @@ def list_videos(cfg) -> list[Video]:
     if data.source == 'replay': return [Video(s.record, s) for s in (replay(r, world) for r in records)]
     return [Video(r, Path(r.video)) for r in records]
 
-# %% ../nbs/07_features.ipynb #9463d5de
+# %% ../nbs/07_features.ipynb #419a4cda
 def file_name(uid:str) -> str:
     "A safe file name for a video; different for different uids."
     digest = hashlib.sha256(uid.encode('utf-8', 'surrogatepass')).hexdigest()[:32]
     return re.sub(r'[^A-Za-z0-9.-]+', '_', uid)[:80].lstrip('.') + f'-{digest}.safetensors'
 
-# %% ../nbs/07_features.ipynb #ef190efd
+# %% ../nbs/07_features.ipynb #6ae7880e
 DTYPES = dict(bfloat16='BF16', float16='F16', float32='F32')    # their names in a safetensors header
 
 def write_tokens(path, batches:Iterable[torch.Tensor], shape:tuple[int, int, int], dtype:str, metadata:dict[str, str]):
@@ -130,9 +130,24 @@ def write_tokens(path, batches:Iterable[torch.Tensor], shape:tuple[int, int, int
         f.flush()
         os.fsync(f.fileno())                                # a name must not reach the disk before what it names
 
-# %% ../nbs/07_features.ipynb #231acc1c
-class FeatureStore:
-    "Features of videos on disk. Only what this encoder makes of these videos is ever returned."
+# %% ../nbs/07_features.ipynb #0c726b21
+def open_features(path, expected:dict[str, str], num_frames:int):
+    "A feature file, open for reading, that says of itself what is `expected` and has `num_frames` or more; raises `InputError`."
+    try:
+        file = safe_open(path, 'pt')
+        found = file.metadata() or {}
+        frames = file.get_slice('tokens').get_shape()[0]
+    except FileNotFoundError: raise InputError(f'{path}: no features there; python -m dst_smolvlm.features writes them') from None
+    except (SafetensorError, OSError) as e: raise InputError(f'{path}: not a feature file ({e}); it has to be written again') from None
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise InputError(f'{path}: stale features: its {key} is {found.get(key)}, not {value}; it has to be written again')
+    if frames < num_frames: raise InputError(f'{path}: stale features of {frames} frames, not {num_frames}; it has to be written again')
+    return file
+
+# %% ../nbs/07_features.ipynb #b9123785
+class StoreFiles:
+    "The files of videos in a folder, and what each must say of itself."
     def __init__(
         self,
         folder,             # need not exist yet
@@ -156,20 +171,10 @@ class FeatureStore:
         video = self.videos[uid]
         return dict(uid=uid, encoder=self.encoder, fps=str(video.record.fps), video=video.identity)
 
-    def _open(self, uid:str):
-        expected, path = self.metadata(uid), self.path(uid)
-        try:
-            file = safe_open(path, 'pt')
-            found = file.metadata() or {}
-            frames = file.get_slice('tokens').get_shape()[0]
-        except FileNotFoundError: raise InputError(f'{path}: no features there; python -m dst_smolvlm.features writes them') from None
-        except (SafetensorError, OSError) as e: raise InputError(f'{path}: not a feature file ({e}); it has to be written again') from None
-        for key, value in expected.items():
-            if found.get(key) != value:
-                raise InputError(f'{path}: stale features: its {key} is {found.get(key)}, not {value}; it has to be written again')
-        if frames < len(self.videos[uid]):
-            raise InputError(f'{path}: stale features of {frames} frames, not {len(self.videos[uid])}; it has to be written again')
-        return file
+# %% ../nbs/07_features.ipynb #ea274d49
+class FeatureStore(StoreFiles):
+    "Features of videos on disk. Only what this encoder makes of these videos is ever returned."
+    def _open(self, uid:str): return open_features(self.path(uid), self.metadata(uid), len(self.videos[uid]))
 
     def __contains__(self, uid:str):
         "Are there features of the video that are not stale?"
@@ -195,7 +200,7 @@ class FeatureStore:
 
     def __getitem__(self, uid:str) -> torch.Tensor: return self.read(uid)
 
-# %% ../nbs/07_features.ipynb #1123d6b0
+# %% ../nbs/07_features.ipynb #fdd57524
 FRAMES_PER_BATCH = 32
 
 @torch.inference_mode()
@@ -208,7 +213,7 @@ def encode_video(model, frames:Iterable[np.ndarray], dtype:str='bfloat16') -> It
         if not tokens.isfinite().all(): raise InputError(f'some features are no finite numbers in {dtype}; try features.dtype=bfloat16')
         yield tokens
 
-# %% ../nbs/07_features.ipynb #75817f75
+# %% ../nbs/07_features.ipynb #23549959
 class Claims:
     "Which videos of a store are being written, by whatever process. Give a process one of these per store: closing it drops all claims."
     def __init__(self, folder):
@@ -226,7 +231,7 @@ class Claims:
         finally:
             if mine: fcntl.lockf(self.file, fcntl.LOCK_UN, 1, place)
 
-# %% ../nbs/07_features.ipynb #e45cb64f
+# %% ../nbs/07_features.ipynb #1e93b09d
 def sweep(folder, claims:Claims, *kinds:str):
     "Remove files of these kinds, such as `tmp`, that no living process owns."
     for kind in kinds:
@@ -234,7 +239,7 @@ def sweep(folder, claims:Claims, *kinds:str):
             with claims.take(left) as mine:
                 if mine: left.unlink(missing_ok=True)
 
-# %% ../nbs/07_features.ipynb #0874d088
+# %% ../nbs/07_features.ipynb #48ab43aa
 @dataclass
 class StoreReport:
     "What a process did for a store, and what became of the store."
@@ -255,7 +260,7 @@ def write_video(model, video:Video, store:FeatureStore, dtype:str, report:StoreR
     write_tokens(path, counted(), (len(video), model.tokens_per_frame, model.config.text_config.hidden_size), dtype, metadata)
     report.written, report.replaced, report.frames = report.written + 1, report.replaced + stale, report.frames + len(video)
 
-# %% ../nbs/07_features.ipynb #b0bb82f5
+# %% ../nbs/07_features.ipynb #aa4c267f
 def write_store(model, videos:list[Video], folder, dtype:str='bfloat16', first:bool=True) -> tuple[FeatureStore, StoreReport]:
     "Write the features of all videos that `folder` lacks, together with whoever else does; the `first` process cleans up and shows a bar."
     store, claims, report = FeatureStore(folder, encoder_fingerprint(model, dtype), videos), Claims(folder), StoreReport(failed={})
@@ -280,7 +285,7 @@ def write_store(model, videos:list[Video], folder, dtype:str='bfloat16', first:b
     if first: sweep(folder, claims, 'tmp')                  # of those who were killed meanwhile
     return store, report
 
-# %% ../nbs/07_features.ipynb #bf71dba4
+# %% ../nbs/07_features.ipynb #daf19aef
 def my_place(cfg) -> tuple[int, int, torch.device]:
     "This process's number, how many were launched together, and its device."
     rank, ranks, local = (int(os.environ.get(key, value)) for key, value in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
@@ -293,14 +298,14 @@ def my_place(cfg) -> tuple[int, int, torch.device]:
         raise InputError(f'features.device={cfg.features.device}: not there: {str(e).splitlines()[0]}') from None
     return rank, ranks, torch.device(name)
 
-# %% ../nbs/07_features.ipynb #41383f7b
+# %% ../nbs/07_features.ipynb #b795e289
 def load_encoder(cfg, device, dtype:torch.dtype):
     "The model of a configuration without its language model and heads, which are the most of it."
     model, _ = load_model(cfg.model, cfg.train.seed)
     del model.model.text_model, model.lm_head, model.heads
     return model.eval().to(device, dtype)
 
-# %% ../nbs/07_features.ipynb #24581e8f
+# %% ../nbs/07_features.ipynb #36481b50
 def build_store(cfg) -> tuple[FeatureStore, StoreReport]:
     "Write the store of a configuration, together with whatever other processes do; says what this one did."
     options = cfg.features
@@ -319,7 +324,7 @@ def build_store(cfg) -> tuple[FeatureStore, StoreReport]:
         print(f'{len(videos) - len(report.failed)} of {len(videos)} videos in {options.path}, {size/1e6:.1f} MB', flush=True)
     return store, report
 
-# %% ../nbs/07_features.ipynb #c7011b5a
+# %% ../nbs/07_features.ipynb #d6284788
 USAGE = """usage: python -m dst_smolvlm.features [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.features ...                             several GPUs
        torchrun --nproc_per_node 4 -m dst_smolvlm.features ...                   four processes, on GPUs (several on each) or CPU cores
@@ -335,5 +340,5 @@ def main(argv=None):
     print(f'error: {len(report.failed)} videos failed; mend them and run again', file=sys.stderr)
     raise SystemExit(1)
 
-# %% ../nbs/07_features.ipynb #09d18b8b
+# %% ../nbs/07_features.ipynb #ac8d2b9e
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'LaxSeconds', 'Words', 'DST_FORMATS', 'Source', 'Format', '
            'dst_steps', 'warn_lost', 'of_level', 'DSTSample', 'read_dst', 'event_times', 'dialogue_of', 'read_mapping',
            'TableStep', 'read_step_table', 'read_native', 'or_list_of', 'items', 'find_format']
 
-# %% ../nbs/01_formats.ipynb #d407f2ce
+# %% ../nbs/01_formats.ipynb #430decc9
 import math, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pydantic import AliasChoices, AliasPath, BeforeValidator, ConfigDict, Field
 from .annotation import BACKWARDS, RecordError, Seconds, Turn, VideoRecord, _Model, validate
 from .state import frame_of
 
-# %% ../nbs/01_formats.ipynb #47694b41
+# %% ../nbs/01_formats.ipynb #29e78226
 LEVELS = ('step', 'substep', 'action')
 
 @dataclass
@@ -44,7 +44,7 @@ class Source:
                   last, kind='no duration')
         return last
 
-# %% ../nbs/01_formats.ipynb #805bd14f
+# %% ../nbs/01_formats.ipynb #51da56db
 @dataclass(frozen=True)
 class Format:
     "How to recognise data, take it apart into recordings, and read one of them."
@@ -74,7 +74,7 @@ def has(data, **fields) -> bool:
     "Whether `data` is an object with these fields of these types."
     return isinstance(data, dict) and all(name in data and isinstance(data[name], kind) for name, kind in fields.items())
 
-# %% ../nbs/01_formats.ipynb #aaaa7883
+# %% ../nbs/01_formats.ipynb #14d0d0aa
 class Foreign(_Model):
     "A model of somebody else's object: what is not read is ignored."
     model_config = ConfigDict(extra='ignore')
@@ -94,7 +94,7 @@ def name_of(data, key: str) -> str:
     "What a record calls itself, as far as one can tell before it has been checked."
     return str(data.get(key, '')) if isinstance(data, dict) else ''
 
-# %% ../nbs/01_formats.ipynb #1135354b
+# %% ../nbs/01_formats.ipynb #e0002b04
 def collect_steps(
     occurrences: Iterable[tuple[str, str, float, float]],  # (key, name, start, end) in seconds
     numbered: bool = False,                                # ids S1, S2, … instead of the keys
@@ -108,7 +108,7 @@ def collect_steps(
     return [dict(id=f'S{i}' if numbered else key, name=names[key], spans=spans[key])
             for i, key in enumerate(sorted(spans, key=first.get), 1)]
 
-# %% ../nbs/01_formats.ipynb #abaad108
+# %% ../nbs/01_formats.ipynb #d8b2a8ab
 def read_turns(conversation: list, source: Source, record: str, at: str = 'conversation', skip=('system',)) -> list[Turn]:
     "The turns of a conversation but for those of the roles to `skip`."
     turns = []
@@ -120,7 +120,7 @@ def read_turns(conversation: list, source: Source, record: str, at: str = 'conve
             source.warn(f'goes back from {turns[-2].time:g} s', record, f'{at}[{i}].time', turns[-1].time, kind='time goes back')
     return turns
 
-# %% ../nbs/01_formats.ipynb #cbbc1ce7
+# %% ../nbs/01_formats.ipynb #274beb88
 LaxSeconds = Annotated[Seconds, Strict(False)]      # may be a number written as text
 
 class ListedStep(Span):
@@ -142,7 +142,7 @@ class Stamps(Foreign):
     "What a mapping says of one step."
     timestamps: list[Seconds]
 
-# %% ../nbs/01_formats.ipynb #2fb1929a
+# %% ../nbs/01_formats.ipynb #cbbb2398
 def tree_nodes(node, at: str, level: str, source: Source, record: str) -> Iterator[tuple[str, TreeNode]]:
     "(level, node) of a node of this `level` and of all below it."
     if not isinstance(node, dict): raise RecordError(source.file, 'must be an object', record, at, node)
@@ -157,7 +157,7 @@ def tree_nodes(node, at: str, level: str, source: Source, record: str) -> Iterat
     yield level, validate(TreeNode, node, source.file, record, at)
     yield from below
 
-# %% ../nbs/01_formats.ipynb #e3a95533
+# %% ../nbs/01_formats.ipynb #8557dda6
 def dst_steps(dst, source: Source, record: str, at: str = 'dst') -> list[dict]:
     "The steps of a `dst` of any shape."
     if isinstance(dst, list):
@@ -190,7 +190,7 @@ def _stamped_steps(mapping: dict, source: Source, record: str, at: str) -> list[
         steps.append(dict(id=f'S{i}', name=name, spans=[(times[0], times[-1])] if times else []))
     return steps
 
-# %% ../nbs/01_formats.ipynb #c6008b63
+# %% ../nbs/01_formats.ipynb #0dace9a4
 Words = Annotated[str, BeforeValidator(lambda value: '' if value is None else value)]     # null says nothing, and is no error
 
 class DSTSample(Foreign):
@@ -228,7 +228,7 @@ def dialogue_of(metadata: dict | None, clip: int | None) -> str:
     user = metadata.get('user_id') or '_'.join(str(metadata[k]) for k in ('user_type', 'conversation_index') if k in metadata)
     return '-'.join(filter(None, (str(user), f'clip{clip}' if clip else '')))
 
-# %% ../nbs/01_formats.ipynb #865ae233
+# %% ../nbs/01_formats.ipynb #d073d364
 def _check_updates(sample: DSTSample, steps: list[dict], source: Source):
     "Warn of every `DST_UPDATE` that is not a start or an end of its step, on the frame grid."
     edges = {s['id']: dict(zip(('start', 'complete'), s['spans'][0])) for s in steps if s['spans']}
@@ -241,7 +241,7 @@ def _check_updates(sample: DSTSample, steps: list[dict], source: Source):
             why = 'names no step and transition of dst' if edge is None else f'disagrees with dst, which says {edge} s'
             source.warn(why, sample.video_uid, f'conversation[{i}].content[{j}]', f'{step} {what} at {time} s', kind='DST_UPDATE disagrees')
 
-# %% ../nbs/01_formats.ipynb #390c9acd
+# %% ../nbs/01_formats.ipynb #3849ca2f
 def read_mapping(data: dict, source: Source) -> VideoRecord:
     "`{name: {'timestamps': [first, …, last]}}`."
     return _bare_record(_stamped_steps(data, source, source.stem, ''), 'timestamps', source)
@@ -261,7 +261,7 @@ def _bare_record(steps: list[dict], dataset: str, source: Source) -> VideoRecord
     fields = dict(video_uid=source.stem, dataset=dataset, duration=source.duration(source.stem, event_times(steps, [])), steps=steps)
     return validate(VideoRecord, fields, source.file, source.stem)
 
-# %% ../nbs/01_formats.ipynb #4861f985
+# %% ../nbs/01_formats.ipynb #c99f6b46
 def read_native(data, source: Source) -> VideoRecord:
     "A record of our own."
     return validate(VideoRecord, data, source.file, name_of(data, 'video_uid'))

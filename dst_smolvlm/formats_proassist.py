@@ -6,7 +6,7 @@
 __all__ = ['PROASSIST_FORMATS', 'Printed', 'parse_printed', 'read_printed', 'Generated', 'Annotations', 'Conversation',
            'read_generated', 'Prepared', 'FramesTurn', 'read_prepared', 'is_frame_counts']
 
-# %% ../nbs/01_formats_proassist.ipynb #50904898
+# %% ../nbs/01_formats_proassist.ipynb #8e960c7f
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +18,7 @@ from .formats import LEVELS, Foreign, Format, Lines, Source, Words, collect_step
 from .formats import name_of, or_list_of, read_turns
 from .state import frame_of
 
-# %% ../nbs/01_formats_proassist.ipynb #1368f47a
+# %% ../nbs/01_formats_proassist.ipynb #fd5e555f
 _TIMED = re.compile(r'^(?P<sub> *- *)?\[(?P<start>\d+(?:\.\d+)?)(?P<unit>s?)(?: *- *(?P<end>\d+(?:\.\d+)?)s?)?\] *(?P<text>.*\S)\s*$')
 _SPOKEN = re.compile(r'^(?P<role>user|assistant|system) *: *"?(?P<words>.*?)"?(?: +\[[\w|, ]*\])?$', re.IGNORECASE)
 _AT_FRAME = re.compile(r'^(?P<frame>\d{1,9}) (?P<role>USER|ASSISTANT|SYSTEM): (?P<words>.*\S)')
@@ -42,7 +42,7 @@ class Printed:
         for n, line in self.left_over:
             source.warn('neither a time nor somebody speaking; left out', record, where(n), line, kind='line not read')
 
-# %% ../nbs/01_formats_proassist.ipynb #d62ac771
+# %% ../nbs/01_formats_proassist.ipynb #c67044df
 def parse_printed(lines: list[str]) -> Printed:
     "Take the lines of a printed timeline apart."
     found = Printed()
@@ -61,7 +61,7 @@ def parse_printed(lines: list[str]) -> Printed:
         else: found.left_over.append((n, line))
     return found
 
-# %% ../nbs/01_formats_proassist.ipynb #ff46112b
+# %% ../nbs/01_formats_proassist.ipynb #fcd4bb05
 def read_printed(text: Lines, source: Source) -> VideoRecord:
     "A printed timeline or dialogue."
     found = parse_printed(text.lines)
@@ -73,7 +73,7 @@ def read_printed(text: Lines, source: Source) -> VideoRecord:
                   dialogue=f'sample_{found.number}' if found.number and not steps else '')
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_proassist.ipynb #41b2da73
+# %% ../nbs/01_formats_proassist.ipynb #0de774d4
 class Generated(Foreign):
     "A file of generated dialogues, or one item of a list of them."
     video_uid: str = Field(min_length=1)
@@ -92,7 +92,7 @@ class Conversation(Foreign):
     user_type: str = ''
     conversation: list
 
-# %% ../nbs/01_formats_proassist.ipynb #b4ec3b47
+# %% ../nbs/01_formats_proassist.ipynb #498423bf
 def read_generated(part: tuple[dict, int], source: Source) -> VideoRecord:
     "Conversation number `part[1]` of a file of generated dialogues."
     data, i = part
@@ -116,7 +116,7 @@ def _conversations(data) -> list[tuple[dict, int]]:
     items = data if isinstance(data, list) else [data]
     return [(d, i) for d in items for i in range(len(d['conversations']) if has(d, conversations=list) else 1)]
 
-# %% ../nbs/01_formats_proassist.ipynb #8b89ffcc
+# %% ../nbs/01_formats_proassist.ipynb #268f0c1a
 class Prepared(Foreign):
     "A prepared conversation."
     video_uid: str = Field(min_length=1)
@@ -132,7 +132,7 @@ class FramesTurn(Foreign):
     start: int = Field(ge=0)
     end: int
 
-# %% ../nbs/01_formats_proassist.ipynb #434b30d1
+# %% ../nbs/01_formats_proassist.ipynb #9973e318
 def read_prepared(data, source: Source) -> VideoRecord:
     "A prepared conversation."
     sample = validate(Prepared, data, source.file, uid := name_of(data, 'video_uid'))
@@ -156,7 +156,7 @@ def _told(conversation: list) -> str:
     words = [t['content'] for t in conversation if has(t, content=str) and t.get('role') == 'system']
     return next((w.partition(':')[2].strip() for w in words if w.startswith('Task knowledge:')), '')
 
-# %% ../nbs/01_formats_proassist.ipynb #c8b8ba99
+# %% ../nbs/01_formats_proassist.ipynb #1bf7f1b9
 def _is_generated(data) -> bool: return has(data, conversations=list) or has(data, reason_to_exclude=object) and len(data) == 1
 
 def _is_prepared(data) -> bool: return has(data, conversation=list) and not has(data, dst=object)

@@ -9,7 +9,7 @@ __all__ = ['Clock', 'SecondsText', 'WITHHELD', 'FPS_ASSEMBLY101', 'FrameText', '
            'Coin', 'CoinSegment', 'read_coin', 'EpicAction', 'read_epic_kitchens', 'by_column', 'read_assembly101',
            'FineAction', 'read_assembly101_fine']
 
-# %% ../nbs/01_formats_public.ipynb #54ff902b
+# %% ../nbs/01_formats_public.ipynb #a43f3e67
 import csv, math, posixpath, re
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .formats import LEVELS, Foreign, Format, Lines, Source, Span, Table, collec
 from .formats import validate_row, warn_lost
 from .formats_proassist import is_frame_counts
 
-# %% ../nbs/01_formats_public.ipynb #1b25dee9
+# %% ../nbs/01_formats_public.ipynb #3119ad99
 def h_m_s(text: str) -> float:
     "`h:m:s` in seconds; raises `ValueError`."
     if not re.fullmatch(r'\d{1,3}:\d\d:\d\d(\.\d+)?', text): raise ValueError('must be a time such as 0:01:02.5')
@@ -49,7 +49,7 @@ class Conversation(Foreign):
     purpose: str = Field(validation_alias=AliasPath('attributes', 'Conversation Purpose'), pattern='^(instructor|student)')
     words: str = Field(validation_alias=AliasPath('attributes', 'Transcription'), min_length=1)
 
-# %% ../nbs/01_formats_public.ipynb #18c7ffb8
+# %% ../nbs/01_formats_public.ipynb #272e8034
 def read_holoassist(data, source: Source) -> VideoRecord:
     "The labels of one HoloAssist recording."
     recording = validate(HoloAssist, data, source.file, uid := name_of(data, 'video_name'))
@@ -74,7 +74,7 @@ def read_holoassist(data, source: Source) -> VideoRecord:
                   steps=collect_steps(occurrences, numbered=True), turns=sorted(turns, key=lambda t: t.time))
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #2d0f1e8f
+# %% ../nbs/01_formats_public.ipynb #e450455a
 class Cooking(Foreign):
     "A recording of CaptainCook4D, in either shape."
     recording_id: str = Field(min_length=1)
@@ -90,7 +90,7 @@ class CookingStep(Timed):
     key: int = Field(alias='step_id')
     name: str = Field(alias='description', min_length=1)
 
-# %% ../nbs/01_formats_public.ipynb #0d96e0ba
+# %% ../nbs/01_formats_public.ipynb #c2c2a3fa
 def read_captaincook4d(data, source: Source) -> VideoRecord:
     "One recording of CaptainCook4D."
     field = 'steps' if has(data, steps=object) else 'step_annotations'
@@ -107,7 +107,7 @@ def read_captaincook4d(data, source: Source) -> VideoRecord:
 
 def _cookings(data) -> list: return list(data.values()) if isinstance(data, dict) and 'recording_id' not in data else items(data)
 
-# %% ../nbs/01_formats_public.ipynb #9652a9af
+# %% ../nbs/01_formats_public.ipynb #279ae051
 def column_of(source: Source, uid: str, names: tuple[str, ...], key: str, value: str) -> float | None:
     "`value` of `uid` by `key`, from the first of the tables `names` that lies beside the source; None if none knows it."
     for name in names:
@@ -127,7 +127,7 @@ def _column(text: str, name: str, key: str, value: str) -> dict[str, float | Rec
         found[row.get(key)] = number if good else RecordError(name, 'must be a number of seconds', f'line {line}', value, row.get(value))
     return found
 
-# %% ../nbs/01_formats_public.ipynb #fafbf94c
+# %% ../nbs/01_formats_public.ipynb #7929d0f6
 class GoalStep(Foreign):
     "One goal of Ego4D Goal-Step."
     video_uid: str = Field(min_length=1)
@@ -152,7 +152,7 @@ def read_goalstep(data, source: Source) -> VideoRecord:
     fields = dict(video_uid=uid, dataset='ego4d_goalstep', duration=video.end, goal=video.goal, steps=steps)
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #6f18c5ed
+# %% ../nbs/01_formats_public.ipynb #cf2eb3b2
 class CoarseSpan(Span):
     key: str = Field(alias='attribute', min_length=1)
     name: str = Field(alias='textAttribute_en', min_length=1)
@@ -169,7 +169,7 @@ def read_egoexolearn(data: list, source: Source) -> VideoRecord:
     steps = collect_steps((s.key, ' '.join(s.name.split()), s.start, s.end) for s in spans)
     return validate(VideoRecord, dict(video_uid=uid, dataset='egoexolearn', duration=seconds, steps=steps), source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #250c8b09
+# %% ../nbs/01_formats_public.ipynb #f39544de
 SecondsText = Annotated[Seconds, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
 
 class Coin(Foreign):
@@ -194,7 +194,7 @@ def read_coin(part: tuple[str, dict], source: Source) -> VideoRecord:
     fields = dict(video_uid=uid, dataset='coin', duration=video.duration, goal=video.task, steps=collect_steps(occurrences, numbered=True))
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #010c83f7
+# %% ../nbs/01_formats_public.ipynb #8adbb226
 class EpicAction(Span):
     start: Clock = Field(alias='start_timestamp')
     end: Clock = Field(alias='stop_timestamp')
@@ -221,7 +221,7 @@ def by_column(table: Table, column: str, key=lambda value: value) -> list[tuple[
     for line, row in table.rows: groups[key(row.get(column) or '')].append((line, row))
     return list(groups.items())
 
-# %% ../nbs/01_formats_public.ipynb #0295cbc8
+# %% ../nbs/01_formats_public.ipynb #f06ec506
 FPS_ASSEMBLY101 = 30
 
 def _action_text(columns: list[str]) -> str:
@@ -255,7 +255,7 @@ def _assembly(uid: str, occurrences: list, source: Source) -> VideoRecord:
                   steps=collect_steps(occurrences, numbered=True))
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_public.ipynb #59e4789e
+# %% ../nbs/01_formats_public.ipynb #a1dadd88
 FrameText = Annotated[int, Field(ge=0, le=10**9), Strict(False)]
 
 class FineAction(Span):
@@ -273,7 +273,7 @@ def read_assembly101_fine(part: tuple[str, list], source: Source) -> VideoRecord
         found[a.name, a.start/FPS_ASSEMBLY101, a.end/FPS_ASSEMBLY101] = None
     return _assembly(uid, [(name, name, start, end) for name, start, end in found], source)
 
-# %% ../nbs/01_formats_public.ipynb #bcac42dc
+# %% ../nbs/01_formats_public.ipynb #9dc394fb
 def _is_cooking(data) -> bool:
     return has(data, recording_id=object) and (has(data, steps=object) or has(data, step_annotations=object))
 

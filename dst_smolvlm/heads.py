@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CHOICES', 'TEXT', 'VISION', 'PUBLISHED', 'DSTSmolVLMConfig', 'check_choices', 'tiny_config', 'image_seq_len',
            'published_config', 'pool_tokens', 'StepMemory', 'HeadsOutput', 'in_float32', 'Linear32', 'LayerNorm32',
-           'DSTHeads', 'decision_tokens']
+           'HeadPart', 'StepPointer', 'StateHead', 'pointed_states', 'outdated', 'DecisionHeads', 'DSTHeads',
+           'decision_tokens']
 
-# %% ../nbs/05_heads.ipynb #22f85eea
+# %% ../nbs/05_heads.ipynb #6bc31891
 import math
 from dataclasses import dataclass
 from functools import wraps
@@ -22,7 +23,7 @@ from .config import InputError
 from .prompt import StreamLayout
 from .state import IN_PROGRESS
 
-# %% ../nbs/05_heads.ipynb #a01a0a1b
+# %% ../nbs/05_heads.ipynb #19e43061
 class DSTSmolVLMConfig(SmolVLMConfig):
     "A `SmolVLMConfig` with what the heads and the stream layout need to know."
     model_type = 'dst_smolvlm'
@@ -42,7 +43,7 @@ def check_choices(**given):
     for key, value in given.items():
         if value not in CHOICES[key]: raise InputError(f"{key}={value}: choose '{CHOICES[key][0]}' or '{CHOICES[key][1]}'")
 
-# %% ../nbs/05_heads.ipynb #83652411
+# %% ../nbs/05_heads.ipynb #35a9fe5c
 def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_size:int=128, layers:int=4, vision_size:int=64,
                 image_size:int=64, scale_factor:int=8, vision_layers:int=2, **choices) -> DSTSmolVLMConfig:
     "The embedded default: the architecture of SmolVLM2 with about a million parameters and one token per frame."
@@ -55,12 +56,12 @@ def tiny_config(vocab_size:int, image_token_id:int, pad_token_id:int, hidden_siz
                             image_token_id=image_token_id, pad_token_id=pad_token_id, tie_word_embeddings=False, unit_init=True,
                             **choices)
 
-# %% ../nbs/05_heads.ipynb #e8a1931a
+# %% ../nbs/05_heads.ipynb #5f00120c
 def image_seq_len(config) -> int:
     "Tokens that the connector makes of a frame: patches per side over the scale factor, squared."
     return (config.vision_config.image_size//config.vision_config.patch_size//config.scale_factor)**2
 
-# %% ../nbs/05_heads.ipynb #8702dc31
+# %% ../nbs/05_heads.ipynb #c1497560
 TEXT = 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'rope_theta'
 VISION = 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size'
 PUBLISHED = {   # size → hub name, text model, vision tower, scale factor
@@ -83,7 +84,7 @@ def published_config(
     return DSTSmolVLMConfig(text_config=text, vision_config=dict(zip(VISION, vision)), scale_factor=scale_factor, tie_word_embeddings=False,
                             tokens_per_frame=tokens_per_frame, image_token_id=image_token_id, pad_token_id=pad_token_id, **choices)
 
-# %% ../nbs/05_heads.ipynb #6d8bf367
+# %% ../nbs/05_heads.ipynb #b3a4ddbc
 def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     "Average-pool a square grid of tokens [B, N, D] to `n` (a square number); `n` = 0 or N leaves them."
     B, N, D = tokens.shape
@@ -93,7 +94,7 @@ def pool_tokens(tokens:torch.Tensor, n:int) -> torch.Tensor:
     grid = tokens.transpose(1, 2).reshape(B, D, side, side)
     return F.adaptive_avg_pool2d(grid, out).flatten(2).transpose(1, 2)
 
-# %% ../nbs/05_heads.ipynb #12cc3224
+# %% ../nbs/05_heads.ipynb #b996d252
 @dataclass
 class StepMemory:
     "What the heads keep of the prompt: one vector per step from its line."
@@ -111,7 +112,7 @@ class HeadsOutput(ModelOutput):
     lm_targets: torch.Tensor = None        # [n]
     glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
-# %% ../nbs/05_heads.ipynb #e5c48e3f
+# %% ../nbs/05_heads.ipynb #362f2b4d
 def in_float32(method):
     "A method whose first argument is a tensor, outside of automatic mixed precision."
     @wraps(method)
@@ -119,7 +120,7 @@ def in_float32(method):
         with torch.autocast(x.device.type, enabled=False): return method(self, x, *args, **kwargs)
     return call
 
-# %% ../nbs/05_heads.ipynb #1c728ae2
+# %% ../nbs/05_heads.ipynb #4c757d05
 class Linear32(nn.Linear):
     "A linear layer that computes in float32, whatever its weights are kept in."
     def forward(self, x): return F.linear(x.float(), self.weight.float(), self.bias.float())
@@ -128,28 +129,25 @@ class LayerNorm32(nn.LayerNorm):
     "Likewise."
     def forward(self, x): return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
-# %% ../nbs/05_heads.ipynb #dfb9a90b
-class DSTHeads(nn.Module):
-    "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
+# %% ../nbs/05_heads.ipynb #91b4d0fd
+class HeadPart(nn.Module):
+    "What all parts of the heads know of the configuration."
     def __init__(self, config):
         super().__init__()
-        D = config.text_config.hidden_size
-        H = config.head_size or D
         check_choices(decision_mode=config.decision_mode, pointer_source=config.pointer_source)
-        self.decides = config.decision_mode == 'heads'
-        if self.decides:
-            self.speaking_head = Linear32(D, 2)
-            self.dst_update_head = Linear32(D, 2)
-            self.evidence = nn.Sequential(Linear32(H + 6, H//2), nn.GELU(), Linear32(H//2, 4))
+        D = config.text_config.hidden_size
+        self.widths = D, config.head_size or D
+
+class StepPointer(HeadPart):
+    "The active-step pointer: which step's words answer what is seen in a frame, or none's."
+    def __init__(self, config):
+        super().__init__(config)
+        D, H = self.widths
         self.from_hidden = config.pointer_source == 'hidden'
         self.pointer_tokens = 1 if self.from_hidden else min(4, config.tokens_per_frame or image_seq_len(config))
         self.query = nn.Sequential(Linear32(self.pointer_tokens*D, H), LayerNorm32(H))
         self.key = nn.Sequential(Linear32(D, 2*H), nn.GELU(), Linear32(2*H, H), LayerNorm32(H))
         self.none_key = nn.Parameter(torch.zeros(H))
-        self.frame_proj, self.step_proj, self.pointer_proj = Linear32(D, H), Linear32(D, H), Linear32(3, H)
-        self.told_embedding = nn.Embedding(3, H)
-        self.fuse = nn.Sequential(LayerNorm32(H), nn.GELU(), Linear32(H, H), nn.GELU())
-        self.dst_state_head = Linear32(H, 3)
 
     @in_float32
     def look(self, frame_tokens) -> torch.Tensor:
@@ -166,40 +164,72 @@ class DSTHeads(nn.Module):
         to_none = query @ self.none_key.float()*scale                                            # [B, T]
         return torch.cat([to_steps, to_none[..., None]], -1)
 
+# %% ../nbs/05_heads.ipynb #e7290fb7
+class StateHead(HeadPart):
+    "Head 4: in which state every step is at every frame."
+    def __init__(self, config):
+        super().__init__(config)
+        D, H = self.widths
+        self.frame_proj, self.step_proj, self.pointer_proj = Linear32(D, H), Linear32(D, H), Linear32(3, H)
+        self.told_embedding = nn.Embedding(3, H)
+        self.fuse = nn.Sequential(LayerNorm32(H), nn.GELU(), Linear32(H, H), nn.GELU())
+        self.dst_state_head = Linear32(H, 3)
+
+    def track(self, h, steps:StepMemory, p, told) -> torch.Tensor:
+        "State logits [B, T, S, 3] from frame vectors `h` [B, T, D], the pointer's probabilities `p` [B, T, S+1] and told states [B, T, S]."
+        p_step, p_none = p[..., :-1], p[..., -1:].expand_as(p[..., :-1])                    # [B, T, S]
+        p_other = (1 - p_step - p_none).clamp_min(0)
+        x = self.frame_proj(h)[:, :, None]*self.step_proj(steps.hidden.float())[:, None]   # [B, T, S, H]
+        x = x + self.pointer_proj(torch.stack([p_step, p_none, p_other], -1)) + self.told_embedding(told).float()
+        return self.dst_state_head(self.fuse(x))
+
+# %% ../nbs/05_heads.ipynb #fceff5a5
+def pointed_states(p, told, valid) -> torch.Tensor:
+    "[B, T, 5]: how much the pointer is on the steps told to be in each state, and on none; and whether any was told to be in progress."
+    told = F.one_hot(told, 3)*valid[:, None, :, None]                                   # [B, T, S, 3]
+    on_state = (p[..., :-1, None]*told).sum(-2)                                         # [B, T, 3]
+    return torch.cat([on_state, p[..., -1:], told[..., IN_PROGRESS].amax(-1, keepdim=True).to(p.dtype)], -1)
+
+def outdated(state_logits, told, valid) -> torch.Tensor:
+    "Log-odds [B, T], cut at ±8, that some step is not in the state that was told."
+    as_told = F.log_softmax(state_logits, -1).gather(-1, told[..., None])[..., 0]       # [B, T, S]
+    same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
+    return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
+
+# %% ../nbs/05_heads.ipynb #ef3ffd1a
+class DecisionHeads(HeadPart):
+    "Heads 1 and 2: is it time to speak, and to tell a new state?"
+    def __init__(self, config):
+        super().__init__(config)
+        D, H = self.widths
+        self.decides = config.decision_mode == 'heads'
+        if not self.decides: return
+        self.speaking_head = Linear32(D, 2)
+        self.dst_update_head = Linear32(D, 2)
+        self.evidence = nn.Sequential(Linear32(H + 6, H//2), nn.GELU(), Linear32(H//2, 4))
+
+    def weigh(self, h, known) -> tuple[torch.Tensor, torch.Tensor]:
+        "Logits [B, T, 2] of speaking and of an update, from frame vectors `h` [B, T, D] and the evidence `known` [B, T, H+6]."
+        for_speak, for_update = self.evidence(known.detach()).chunk(2, -1)                  # [B, T, 2] each
+        return self.speaking_head(h) + for_speak, self.dst_update_head(h) + for_update
+
+# %% ../nbs/05_heads.ipynb #647a6aea
+class DSTHeads(StateHead, StepPointer, DecisionHeads):      # built from the last to the first: the order of the weights
+    "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     @in_float32
     def forward(self, frame_hidden, frame_tokens, steps:StepMemory, told) -> HeadsOutput:
         "From frame vectors [B, T, D], image tokens [B, T, N, D], the steps' vectors and the told states [B, T, S]; lm_token: no decisions."
         h = frame_hidden.float()
         query = self.look(frame_hidden[:, :, None] if self.from_hidden else frame_tokens)   # [B, T, H]
-        pointer = self.point(query, steps)
+        pointer = self.point(query, steps)                                                  # [B, T, S+1]
         p = pointer.softmax(-1)
-        p_step, p_none = p[..., :-1], p[..., -1:].expand_as(p[..., :-1])                    # [B, T, S]
-        p_other = (1 - p_step - p_none).clamp_min(0)
-        x = self.frame_proj(h)[:, :, None]*self.step_proj(steps.hidden.float())[:, None]   # [B, T, S, H]
-        x = x + self.pointer_proj(torch.stack([p_step, p_none, p_other], -1)) + self.told_embedding(told).float()
-        state = self.dst_state_head(self.fuse(x))                                           # [B, T, S, 3]
+        state = self.track(h, steps, p, told)                                               # [B, T, S, 3]
         if not self.decides: return HeadsOutput(pointer_logits=pointer, state_logits=state)
-        outdated = self.outdated(state, told, steps.valid)[..., None]
-        known = torch.cat([query, self.compare(p, told, steps.valid), outdated], -1).detach()         # [B, T, H+6]
-        for_speak, for_update = self.evidence(known).chunk(2, -1)                           # [B, T, 2] each
-        return HeadsOutput(speak_logits=self.speaking_head(h) + for_speak, update_logits=self.dst_update_head(h) + for_update,
-                           pointer_logits=pointer, state_logits=state)
+        changed = outdated(state, told, steps.valid)[..., None]                             # [B, T, 1]
+        speak, update = self.weigh(h, torch.cat([query, pointed_states(p, told, steps.valid), changed], -1))
+        return HeadsOutput(speak_logits=speak, update_logits=update, pointer_logits=pointer, state_logits=state)
 
-    @staticmethod
-    def compare(p, told, valid) -> torch.Tensor:
-        "[B, T, 5]: how much the pointer is on the steps told to be in each state, and on none; and whether any was told to be in progress."
-        told = F.one_hot(told, 3)*valid[:, None, :, None]                                   # [B, T, S, 3]
-        on_state = (p[..., :-1, None]*told).sum(-2)                                         # [B, T, 3]
-        return torch.cat([on_state, p[..., -1:], told[..., IN_PROGRESS].amax(-1, keepdim=True).to(p.dtype)], -1)
-
-    @staticmethod
-    def outdated(state_logits, told, valid) -> torch.Tensor:
-        "Log-odds [B, T], cut at ±8, that some step is not in the state that was told."
-        as_told = F.log_softmax(state_logits, -1).gather(-1, told[..., None])[..., 0]       # [B, T, S]
-        same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
-        return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
-
-# %% ../nbs/05_heads.ipynb #7f4f1731
+# %% ../nbs/05_heads.ipynb #b065fda6
 def decision_tokens(layout:StreamLayout) -> dict[str, int]:
     "The first tokens of an assistant's turn and of a state turn, as the configuration calls them; they and a user's must differ."
     firsts = dict(user=layout.user('?')[0], speak=layout.assistant_open[0], update=layout.update([0], [1], ['?'])[0])

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'COUNTS', 'focal_loss', 'pointer_target', 'pointer_loss', 'LossConfig', 'loss_counts', 'decision_loss',
            'multitask_loss', 'weights_from_data']
 
-# %% ../nbs/06_loss.ipynb #ba3ae8dc
+# %% ../nbs/06_loss.ipynb #c4d9c576
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .state import IN_PROGRESS
 from .statistics import count_record
 
-# %% ../nbs/06_loss.ipynb #4fc4185d
+# %% ../nbs/06_loss.ipynb #60d721f3
 def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:torch.Tensor|None=None,
                ignore_index:int=-100) -> torch.Tensor:
     """Sum of `-(1-p)^gamma log p` over labelled items (Lin et al. 2017, eq. 4), from `logits` [..., C] and `target` [...]; `weight`
@@ -29,20 +29,20 @@ def focal_loss(logits:torch.Tensor, target:torch.Tensor, gamma:float=2., weight:
     if weight is not None: item = item*weight
     return torch.where(keep, item, 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #60bb8183
+# %% ../nbs/06_loss.ipynb #a424d6c4
 def pointer_target(state_labels:torch.Tensor) -> torch.Tensor:
     "State labels [..., S] → the attention that each step deserves [..., S+1]: equal parts to those in progress, or all to 'none'."
     active = (state_labels == IN_PROGRESS).float()
     n = active.sum(-1, keepdim=True)
     return torch.cat([active/n.clamp_min(1), (n == 0).float()], -1)
 
-# %% ../nbs/06_loss.ipynb #144c611e
+# %% ../nbs/06_loss.ipynb #60213704
 def pointer_loss(logits:torch.Tensor, state_labels:torch.Tensor) -> torch.Tensor:
     "Cross-entropy of pointer `logits` [..., S+1] with `pointer_target`; frames without any label are left out."
     keep = (state_labels != -100).any(-1)
     return torch.where(keep, -(pointer_target(state_labels)*F.log_softmax(logits.float(), -1)).sum(-1), 0.).sum()
 
-# %% ../nbs/06_loss.ipynb #4cb0cb6c
+# %% ../nbs/06_loss.ipynb #61e3716b
 @dataclass
 class LossConfig:
     gamma: float = 2.            # focal exponent of the two decisions and of the state; 0 is cross-entropy
@@ -60,7 +60,7 @@ class LossConfig:
     negative_keep: float = 1.    # share of the silent frames whose decision loss counts
     glimpse_weight: float = 2.   # a glimpse counts like so many frames of a stream, which are nearly alike
 
-# %% ../nbs/06_loss.ipynb #764724cb
+# %% ../nbs/06_loss.ipynb #c642f6f3
 PARTS = ('lm', 'speak', 'update', 'state', 'pointer')
 COUNTS = (*PARTS, 'speak_positive', 'update_positive')
 
@@ -73,7 +73,7 @@ def loss_counts(batch, glimpse_weight:float=2.) -> torch.Tensor:
     if 'glimpse_states' in batch: counts[PARTS.index('pointer')] += glimpse_weight*(batch['glimpse_states'][..., 0] != -100).sum()
     return counts
 
-# %% ../nbs/06_loss.ipynb #f12f620d
+# %% ../nbs/06_loss.ipynb #85a999bd
 def decision_loss(logits:torch.Tensor, labels:torch.Tensor, cfg:LossConfig, positive_weight:float, n, n_positive) -> torch.Tensor:
     "Loss of a yes-or-no decision, logits [..., 2], over `n` labelled items of which `n_positive` are positive."
     weight = torch.where(labels == 1, positive_weight, 1.)
@@ -83,7 +83,7 @@ def decision_loss(logits:torch.Tensor, labels:torch.Tensor, cfg:LossConfig, posi
     classes = (n_positive > 0).float() + (n_negative > 0).float()
     return (positive/n_positive.clamp_min(1) + negative/n_negative.clamp_min(1))/classes.clamp_min(1)
 
-# %% ../nbs/06_loss.ipynb #6ff05e50
+# %% ../nbs/06_loss.ipynb #fdbc76fb
 def multitask_loss(output, batch, cfg:LossConfig, counts:torch.Tensor|None=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "Total loss and its parts; every part is a sum over labelled items divided by `counts` (this batch's own by default)."
     counts = loss_counts(batch, cfg.glimpse_weight) if counts is None else counts
@@ -102,7 +102,7 @@ def multitask_loss(output, batch, cfg:LossConfig, counts:torch.Tensor|None=None)
     total = sum(getattr(cfg, f'w_{p}')*v for p, v in parts.items())
     return total, parts
 
-# %% ../nbs/06_loss.ipynb #fb55d34e
+# %% ../nbs/06_loss.ipynb #e0f51242
 def weights_from_data(records, negative_keep:float=1., most:int=200) -> dict:
     """`speak_positive`, `update_positive` and `state_classes` by how rare they are in the first `most` records, of whose silent frames
     a share is kept; 1 for an unseen class."""

@@ -6,7 +6,7 @@
 __all__ = ['FRAMES_AT_ONCE', 'DSTSmolVLM', 'build_tiny', 'build_published', 'save_model', 'checkpoint_hash', 'quiet',
            'reading_of', 'checkpoint_config', 'load_pretrained', 'load_model']
 
-# %% ../nbs/05_model.ipynb #59cce7d0
+# %% ../nbs/05_model.ipynb #33bd9038
 import hashlib, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging
 
 from .config import InputError
-from .generate import StreamGeneration
 from .heads import (CHOICES, DSTHeads, DSTSmolVLMConfig, HeadsOutput, StepMemory, check_choices, decision_tokens, image_seq_len,
                                in_float32, pool_tokens, published_config, tiny_config)
 from .hub import model_card
+from .log import StreamGeneration
 from .prompt import StreamLayout, tiny_tokenizer, toy_texts
 from .rows import read_rows
 
-# %% ../nbs/05_model.ipynb #b5f5d90b
+# %% ../nbs/05_model.ipynb #a4573fcb
 FRAMES_AT_ONCE = 128
 
 class DSTSmolVLM(StreamGeneration, SmolVLMForConditionalGeneration):
@@ -135,7 +135,7 @@ class DSTSmolVLM(StreamGeneration, SmolVLMForConditionalGeneration):
             out.glimpse_logits = self.heads.point(self.heads.look(seen.unflatten(0, (len(words), -1))), steps)
         return out
 
-# %% ../nbs/05_model.ipynb #26ac7a56
+# %% ../nbs/05_model.ipynb #80f2135c
 def _build(config, layout:StreamLayout, seed:int) -> DSTSmolVLM:
     "A model with random weights."
     if config.decision_mode == 'lm_token': config.update(decision_tokens(layout))
@@ -161,25 +161,27 @@ def build_published(size:str, seed:int=0, **options) -> tuple[DSTSmolVLM, Stream
     layout = StreamLayout(tokenizer, config.tokens_per_frame or image_seq_len(config))
     return _build(config, layout, seed), layout
 
-# %% ../nbs/05_model.ipynb #b0f1e82a
+# %% ../nbs/05_model.ipynb #7a63fee4
 AutoConfig.register('dst_smolvlm', DSTSmolVLMConfig)
 AutoModelForImageTextToText.register(DSTSmolVLMConfig, DSTSmolVLM)
 
-# %% ../nbs/05_model.ipynb #5d960d6a
+# %% ../nbs/05_model.ipynb #28256612
 def save_model(model:DSTSmolVLM, layout:StreamLayout, folder, training:dict|None=None, state_dict:dict|None=None) -> Path:
     """Write weights (safetensors; those of `state_dict`, where the model is in pieces on several GPUs), configuration, tokenizer and model
     card (with facts on its `training`) as `folder`, whole or not at all."""
     folder = Path(folder)
     tmp, old = (folder.with_name(f'.{folder.name}.{os.getpid()}.{kind}') for kind in ('tmp', 'old'))
-    with quiet(): model.save_pretrained(tmp, state_dict=state_dict)
-    layout.tokenizer.save_pretrained(tmp)
-    (tmp/'README.md').write_text(model_card(model, training), encoding='utf-8')
-    if folder.exists(): os.replace(folder, old)
-    os.replace(tmp, folder)
+    try:
+        with quiet(): model.save_pretrained(tmp, state_dict=state_dict)
+        layout.tokenizer.save_pretrained(tmp)
+        (tmp/'README.md').write_text(model_card(model, training), encoding='utf-8')
+        if folder.exists(): os.replace(folder, old)
+        os.replace(tmp, folder)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/05_model.ipynb #1e062e02
+# %% ../nbs/05_model.ipynb #33d6753b
 def checkpoint_hash(folder) -> str:
     "Short hash of everything in a checkpoint that decides what the model computes, so that no result is taken for another model's."
     says_nothing = 'thresholds.json', 'README.md'
@@ -188,7 +190,7 @@ def checkpoint_hash(folder) -> str:
         if path.is_file() and path.name not in says_nothing: digest.update(path.name.encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/05_model.ipynb #1933100f
+# %% ../nbs/05_model.ipynb #8625692e
 @contextmanager
 def quiet():
     "Without the library's progress bars and reports."
@@ -199,7 +201,7 @@ def quiet():
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
 
-# %% ../nbs/05_model.ipynb #49909382
+# %% ../nbs/05_model.ipynb #f7402c18
 @contextmanager
 def reading_of(checkpoint):
     "Whatever the libraries make of a damaged file becomes one line."
@@ -222,7 +224,7 @@ def checkpoint_config(checkpoint, asked:dict) -> tuple[DSTSmolVLMConfig, bool]:
         setattr(config, key, value)
     return config, kind == 'smolvlm'
 
-# %% ../nbs/05_model.ipynb #67f45b56
+# %% ../nbs/05_model.ipynb #1764ae86
 @quiet()
 def load_pretrained(
     checkpoint,                        # one of our folders, or a plain SmolVLM2 (whose new heads are then random), or a hub name
@@ -256,7 +258,7 @@ def load_pretrained(
     model.heads.float()
     return (model if 'quantization_config' in kwargs else model.to(device)), layout         # a 4-bit model is where it was made
 
-# %% ../nbs/05_model.ipynb #e6f5506c
+# %% ../nbs/05_model.ipynb #0f256d3a
 def load_model(cfg, seed:int=0, **kwargs) -> tuple[DSTSmolVLM, StreamLayout]:
     """The model of the group `model`: of its `checkpoint` (loaded with `kwargs`), or with random weights a published shape (`size`) or the
     tiny one."""

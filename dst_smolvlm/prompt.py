@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL_TOKENS', 'IMAGE_TOKEN', 'SYSTEM', 'tiny_tokenizer', 'toy_texts', 'Prompt', 'StreamLayout', 'StreamTokens',
            'layout_stream']
 
-# %% ../nbs/04_prompt.ipynb #5708d8e2
+# %% ../nbs/04_prompt.ipynb #2b9d5801
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from .config import InputError
 from .records import VideoRecord
 from .state import STATE_NAMES, agenda, transitions
 
-# %% ../nbs/04_prompt.ipynb #39b08b94
+# %% ../nbs/04_prompt.ipynb #8b0e225c
 SPECIAL_TOKENS = dict(bos_token='<|im_start|>', eos_token='<end_of_utterance>', pad_token='<|pad|>')
 IMAGE_TOKEN = '<image>'
 
@@ -33,7 +33,7 @@ def tiny_tokenizer(texts, vocab_size:int=768) -> PreTrainedTokenizerFast:
                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=[IMAGE_TOKEN], **SPECIAL_TOKENS)
 
-# %% ../nbs/04_prompt.ipynb #062c52bb
+# %% ../nbs/04_prompt.ipynb #b50f9cde
 def toy_texts() -> list[str]:
     "What there is to say in the toy world: the corpus of the tiny tokenizer."
     from dst_smolvlm.world import COLOURS, QUESTIONS, SHAPES
@@ -47,14 +47,15 @@ def toy_texts() -> list[str]:
 
 SYSTEM = 'You watch a person at work. Track the steps, and speak when it helps.'
 
-# %% ../nbs/04_prompt.ipynb #25bef577
+# %% ../nbs/04_prompt.ipynb #1b9303ad
 @dataclass
 class Prompt:
-    "The beginning of a context: its tokens, and where each step's line stands in it."
+    "The beginning of a context: its tokens, where each step's line stands in it, and the state that it tells."
     ids: list[int]
     step_spans: list[tuple[int, int]]   # [S] (first token, one past the last) of every step's line; the last token is its marker
+    state: list[int]                    # [S]
 
-# %% ../nbs/04_prompt.ipynb #1479f22d
+# %% ../nbs/04_prompt.ipynb #297fd6b7
 class StreamLayout:
     "Turns task, frames and words into token ids, the same for training and for streaming."
     def __init__(self, tokenizer, tokens_per_frame:int):
@@ -83,13 +84,16 @@ class StreamLayout:
         for k, name in enumerate(names):
             line = self.encode(f'{k+1}. {name} [{STATE_NAMES[state[k]]}]\n')
             spans.append((len(ids), len(ids) + len(line))); ids += line
-        return Prompt(ids + self._turn(self.agenda(names, state)), spans)
+        return Prompt(ids + self._turn(self.agenda(names, state)), spans, [int(s) for s in state])
 
     def agenda(self, names, state) -> str:
         "What the state implies, in words."
         when, k = agenda(state)
         return 'All steps are done.' if k is None else f'{when.capitalize()}, {names[k]}.'
 
+    def summary_open(self) -> list[int]:
+        "Asks the model to sum up what it saw; what it writes then, up to the end token, may stand after a prompt."
+        return self.encode('Summary:')
     def user(self, text:str) -> list[int]: return self._turn(f'User: {text}')
     def assistant(self, text:str) -> list[int]: return self.encode(f' {text}') + [self.end_id]
     def update(self, before, after, names) -> list[int]:
@@ -98,7 +102,7 @@ class StreamLayout:
         changed = '; '.join(f'{k+1} {STATE_NAMES[s]}' for k, s in sorted(last.items()))
         return self._turn(f'State: {changed}. {self.agenda(names, after)}')
 
-# %% ../nbs/04_prompt.ipynb #553839f3
+# %% ../nbs/04_prompt.ipynb #66204540
 @dataclass
 class StreamTokens:
     ids: list[int]                                          # [L]
@@ -110,7 +114,7 @@ class StreamTokens:
         self.ids += ids
         self.labels += ids if learn else [-100]*len(ids)
 
-# %% ../nbs/04_prompt.ipynb #cd42df95
+# %% ../nbs/04_prompt.ipynb #d589adc8
 def layout_stream(
     layout: StreamLayout,
     record: VideoRecord,

@@ -6,7 +6,7 @@
 __all__ = ['read_records', 'load_records', 'Summary', 'check', 'join_records', 'join_entries', 'main', 'RecordError', 'Step',
            'TimestampToStateConverter', 'Turn', 'VideoRecord', 'write_records']
 
-# %% ../nbs/01_records.ipynb #4fb983fe
+# %% ../nbs/01_records.ipynb #80d29ba6
 import argparse, json, os, warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from .formats import LEVELS
 from .formats_proassist import is_frame_counts
 from .reading import POLICIES, Entry, examine, read_entries, read_text, video_lengths
 
-# %% ../nbs/01_records.ipynb #41243341
+# %% ../nbs/01_records.ipynb #92b067e3
 _all_ = ['RecordError', 'Step', 'TimestampToStateConverter', 'Turn', 'VideoRecord', 'write_records']
 
-# %% ../nbs/01_records.ipynb #88d554e1
+# %% ../nbs/01_records.ipynb #5c1a5467
 def read_records(
     paths,                   # a file, a folder, a zip archive, or a list of these
     level: str = 'step',     # 'step', 'substep' or 'action', where a format has several
@@ -47,7 +47,7 @@ def _read(paths, level='step', lengths=None, policy='strict') -> list[tuple[Vide
     if not records: raise odd[0] if odd else RecordError(paths, 'holds no record', kind='no records')
     return records
 
-# %% ../nbs/01_records.ipynb #d8fe26f4
+# %% ../nbs/01_records.ipynb #49800acc
 def load_records(data) -> list[VideoRecord]:
     "The records of the configuration group `data` (`path`, `level`, `policy`, `limit`), with paths of videos; raises `InputError`."
     if not data.path: raise InputError(f'data.path: missing; data={data.name} needs the file or folder of its annotations, data.path=…')
@@ -58,7 +58,7 @@ def load_records(data) -> list[VideoRecord]:
             raise InputError(f'{data.path}: record {r.uid}: field video: missing; data.source=replay draws a record without footage')
     return [r.model_copy(update=dict(video=str(Path(file).parent/r.video))) for r, file in found]
 
-# %% ../nbs/01_records.ipynb #3cd58b9e
+# %% ../nbs/01_records.ipynb #fda4525b
 class Summary:
     "Counts over entries: per format, and per kind of problem with its first example."
     COLUMNS = ('files', 'records', 'steps', 'turns', 'errors', 'warnings')
@@ -97,7 +97,7 @@ class Summary:
         for (severity, kind), n in sorted(self.kinds.items()): lines += ['', f'{n} × {severity}: {kind}', f'  {self.first[severity, kind]}']
         return '\n'.join(lines)
 
-# %% ../nbs/01_records.ipynb #b4124506
+# %% ../nbs/01_records.ipynb #11fd8871
 def check(entries: Iterator[Entry], report=None) -> Summary:
     "Sum up `entries`; all their problems go into the JSON file `report`, which appears when it is whole."
     summary = Summary()
@@ -113,7 +113,7 @@ def check(entries: Iterator[Entry], report=None) -> Summary:
         f.write('\n],\n' + json.dumps(summary.to_dict(), indent=1)[2:] + '\n')
     return summary
 
-# %% ../nbs/01_records.ipynb #9b9b709a
+# %% ../nbs/01_records.ipynb #e9bd2da6
 def join_records(talk: VideoRecord, steps: dict[str, VideoRecord]) -> VideoRecord:
     "`talk` with the steps that a record of its video has, of those in `steps` by `video_uid`; raises `RecordError`."
     if talk.steps: raise RecordError('', 'has steps already', talk.uid, kind='not joined')
@@ -127,7 +127,7 @@ def _beginnings(uid: str, names) -> list[str]:
     "Those of `names` with which `uid` begins, up to a character that is no letter and no digit."
     return [name for name in names if uid.startswith(name) and not uid[len(name)].isalnum()]
 
-# %% ../nbs/01_records.ipynb #165222fa
+# %% ../nbs/01_records.ipynb #8858d710
 def join_entries(words: Iterator[Entry], steps: Iterator[Entry], lengths: dict, policy: str) -> Iterator[Entry]:
     "The entries of `words` with the steps of their videos, and all that is wrong with either."
     by_uid = {}
@@ -144,7 +144,7 @@ def join_entries(words: Iterator[Entry], steps: Iterator[Entry], lengths: dict, 
             joined.record = joined.record.model_copy(update=dict(duration=lengths[joined.record.video_uid]))
         yield examine(joined, '', {}, lengths, policy, False)
 
-# %% ../nbs/01_records.ipynb #9aae209f
+# %% ../nbs/01_records.ipynb #d927be28
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m dst_smolvlm.records', description='Read annotations of any known format.')
     commands = parser.add_subparsers(dest='command', required=True)
@@ -162,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == 'join': sub.add_argument('--steps', nargs='+', required=True, help='annotations that have the steps')
     return parser
 
+# %% ../nbs/01_records.ipynb #69f0c7b9
 def _lengths(args) -> dict[str, float]:
     "What `--videos` and `--lengths` know; the latter wins."
     found = video_lengths(args.videos) if args.videos else {}
@@ -181,26 +182,7 @@ class _Noted(dict):
     def __contains__(self, key): self.used |= {key} & self.keys(); return super().__contains__(key)
     def get(self, key, default=None): return self[key] if key in self else default
 
-# %% ../nbs/01_records.ipynb #5e1b3e89
-@run_cli
-def main(argv=None):
-    "The command: `check`, `convert` or `join`; its exit status is 1 if there were errors."
-    args = _parser().parse_args(argv)
-    lengths, out, report = _lengths(args), getattr(args, 'out', None), args.report
-    if out and report and Path(out).resolve() == Path(report).resolve(): raise InputError(f'{out}: --out and --report name the same file')
-    own = {Path(p).resolve() for p in (out, report) if p}
-    read = lambda paths: read_entries(paths, args.level, lengths, args.policy, True, own)
-    entries = join_entries(read(args.paths), read(args.steps), lengths, args.policy) if args.command == 'join' else read(args.paths)
-    if out is None: summary = check(entries, report)
-    else:
-        try: summary = _write(entries, out, report, args.policy)
-        except _NotWritten as e: summary, wrong = e.args
-        else: wrong = ''
-    print(summary)
-    if lengths and not lengths.used: print(f'\nnone of the {len(lengths)} lengths is that of a video in these files')
-    if out: print(f'\n{out}: ' + (f'not written, {wrong}' if wrong else f'{summary.records} records'))
-    if wrong if out else summary.errors: raise SystemExit(1)
-
+# %% ../nbs/01_records.ipynb #b4c4ac37
 class _NotWritten(Exception): "Ends the writing of a file that must not appear."
 
 def _write(entries: Iterator[Entry], out: str, report: str | None, policy: str) -> Summary:
@@ -220,5 +202,25 @@ def _moved(record: VideoRecord, before: Path, after: Path) -> VideoRecord:
     "The record, with the path of its video as seen from another folder."
     return record.model_copy(update=dict(video=os.path.relpath(before/record.video, after))) if record.video else record
 
-# %% ../nbs/01_records.ipynb #22926efc
+# %% ../nbs/01_records.ipynb #d16a6aa1
+@run_cli
+def main(argv=None):
+    "The command: `check`, `convert` or `join`; its exit status is 1 if there were errors."
+    args = _parser().parse_args(argv)
+    lengths, out, report = _lengths(args), getattr(args, 'out', None), args.report
+    if out and report and Path(out).resolve() == Path(report).resolve(): raise InputError(f'{out}: --out and --report name the same file')
+    own = {Path(p).resolve() for p in (out, report) if p}
+    read = lambda paths: read_entries(paths, args.level, lengths, args.policy, True, own)
+    entries = join_entries(read(args.paths), read(args.steps), lengths, args.policy) if args.command == 'join' else read(args.paths)
+    if out is None: summary = check(entries, report)
+    else:
+        try: summary = _write(entries, out, report, args.policy)
+        except _NotWritten as e: summary, wrong = e.args
+        else: wrong = ''
+    print(summary)
+    if lengths and not lengths.used: print(f'\nnone of the {len(lengths)} lengths is that of a video in these files')
+    if out: print(f'\n{out}: ' + (f'not written, {wrong}' if wrong else f'{summary.records} records'))
+    if wrong if out else summary.errors: raise SystemExit(1)
+
+# %% ../nbs/01_records.ipynb #504ee0d8
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SHAPES', 'SCENERY', 'INK', 'Part', 'all_parts', 'develop', 'draw_noise', 'draw_part', 'Held', 'Lying',
            'Passing', 'draw_frame']
 
-# %% ../nbs/03_render.ipynb #125138d6
+# %% ../nbs/03_render.ipynb #8c651a5c
 import math, threading
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from .config import InputError
 
-# %% ../nbs/03_render.ipynb #720e29e2
+# %% ../nbs/03_render.ipynb #c8fc0eee
 COLOURS = dict(red=(214, 48, 49), green=(0, 148, 84), blue=(40, 96, 216), yellow=(246, 205, 60), purple=(140, 72, 178),
                orange=(240, 130, 30), cyan=(70, 200, 222), white=(244, 244, 240))
 SHAPES = ('circle', 'ring', 'bar', 'cross', 'triangle', 'star', 'square')
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     shape: str
     def __str__(self): return f'{self.colour} {self.shape}'
 
-# %% ../nbs/03_render.ipynb #9b3a712c
+# %% ../nbs/03_render.ipynb #9f6eee2b
 def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]:
     "Every part of a world in which parts differ by `colour`, by `shape`, or by `both`."
     if identity == 'colour': return [Part(c, 'circle') for c in colours]
@@ -34,7 +34,7 @@ def all_parts(identity:str, colours=tuple(COLOURS), shapes=SHAPES) -> list[Part]
     if identity == 'both': return [Part(c, s) for c in colours for s in shapes]
     raise InputError(f"data.world.identity={identity}: choose 'colour', 'shape' or 'both'")
 
-# %% ../nbs/03_render.ipynb #4d4e62ee
+# %% ../nbs/03_render.ipynb #9d2846f5
 SCENERY = dict(tray=(120, 124, 130), dark=(60, 60, 60), box=(150, 116, 76), box_edge=(70, 50, 30), dot=(40, 30, 20), edge=(20, 20, 20),
                skin=(222, 174, 140), skin_edge=(150, 100, 80), glove=(104, 132, 150))
 INK = {name: 1 + i for i, name in enumerate((*SCENERY, *COLOURS))}
@@ -42,7 +42,7 @@ _INKS = np.array([(0, 0, 0), *SCENERY.values(), *COLOURS.values()], np.float32) 
 _NOISE = np.arange(-6, 7, dtype=np.float32)                                          # what is added to a pixel
 assert len(_NOISE)*len(_INKS) <= 256
 
-# %% ../nbs/03_render.ipynb #d9002992
+# %% ../nbs/03_render.ipynb #7410b814
 @lru_cache(64)
 def _inks(table) -> np.ndarray: return np.array([table, *_INKS[1:]], np.float32)
 
@@ -56,7 +56,7 @@ def develop(
     np.minimum(np.maximum(lit, 0, out=lit), 255, out=lit)
     return lit.astype(np.uint8).reshape(-1, 3).take(inks, axis=0)
 
-# %% ../nbs/03_render.ipynb #d5a8658e
+# %% ../nbs/03_render.ipynb #cd39dd92
 _KEPT = bytes((b*len(_NOISE) >> 8)*len(_INKS) for b in range(256))
 _THROWN = bytes(b for b in range(256) if b*len(_NOISE) & 255 < 256 % len(_NOISE))
 
@@ -68,7 +68,7 @@ def draw_noise(rng, n:int) -> np.ndarray:
         drawn += rng.bit_generator.random_raw(words).astype('<u8', copy=False).tobytes().translate(_KEPT, _THROWN)
     return np.frombuffer(drawn, np.uint8, n)
 
-# %% ../nbs/03_render.ipynb #484711ed
+# %% ../nbs/03_render.ipynb #a1858c48
 @lru_cache
 def _directions(n:int) -> list[tuple[float, float]]:
     return [(math.cos(a), math.sin(a)) for a in (-math.pi/2 + 2*math.pi*k/n for k in range(n))]
@@ -90,7 +90,7 @@ def draw_part(draw, part:Part, x:float, y:float, r:float):
         corners = ((-b,-a),(b,-a),(b,-b),(a,-b),(a,b),(b,b),(b,a),(-b,a),(-b,b),(-a,b),(-a,-b),(-b,-b))
         draw.polygon([(x+dx, y+dy) for dx, dy in corners], **look)
 
-# %% ../nbs/03_render.ipynb #c7a85852
+# %% ../nbs/03_render.ipynb #2eba8e3b
 def _path(u:float, box:int, size:int) -> tuple[float, float]:
     "Where a part is at share `u` of its way (0 at the tray, 1 in the box), in pixels."
     tray, centre, target = (.5, .30), (.5, .48), (.22 + .28*(box - 1), .64)
@@ -99,7 +99,7 @@ def _path(u:float, box:int, size:int) -> tuple[float, float]:
     else: a, b, v = centre, target, (u - .8)/.2
     return size*(a[0] + v*(b[0] - a[0])), size*(a[1] + v*(b[1] - a[1]))
 
-# %% ../nbs/03_render.ipynb #f2580cd0
+# %% ../nbs/03_render.ipynb #f018a981
 @lru_cache
 def _edges_at_rest(size:int) -> tuple[list, list]:
     "Of the tray, and of every box and its dots: x as (edge of the box, distance from it); y of tray, boxes and dots."
@@ -125,7 +125,7 @@ def _table(size:int, xs, ys) -> Image.Image:
         for _ in range(b + 1): shape(draw.ellipse, 4, 'dot')
     return img
 
-# %% ../nbs/03_render.ipynb #afe4cf27
+# %% ../nbs/03_render.ipynb #95f4ab14
 @lru_cache(8)
 def _canvas(size:int, thread:int) -> tuple:
     "What a thread draws on: an image, its `ImageDraw`, and the array in which its pixels lie (None if Pillow does not share them)."
@@ -136,7 +136,7 @@ def _canvas(size:int, thread:int) -> tuple:
     draw.point((0, 0), 1)
     return img, draw, pixels if pixels[0, 0] else None
 
-# %% ../nbs/03_render.ipynb #75154a46
+# %% ../nbs/03_render.ipynb #d09da192
 def _draw_hand(draw, x:float, y:float, size:int):
     "A hand that comes from the lower edge and reaches (`x`, `y`)."
     s = size/64
@@ -149,7 +149,7 @@ def _draw_glove(draw, x:float, y:float, left:bool, size:int):
     draw.line((x + way*size*1.5, y - 6*s, x, y), INK['glove'], width=round(9*s))
     draw.ellipse((x-7*s, y-6*s, x+7*s, y+6*s), INK['glove'], INK['dark'])
 
-# %% ../nbs/03_render.ipynb #d4e3cda4
+# %% ../nbs/03_render.ipynb #0606f90f
 class Held(NamedTuple):
     "A part in the hand."
     part: Part
@@ -170,7 +170,7 @@ class Passing(NamedTuple):
     end: float
     from_left: bool
 
-# %% ../nbs/03_render.ipynb #1c72799c
+# %% ../nbs/03_render.ipynb #7a071f7d
 @lru_cache(64)
 def _look(seed:int) -> tuple[tuple[int, int, int], float, float]:
     "What stays the same in a video: the colour of the table, phase and speed of the light."
@@ -178,7 +178,7 @@ def _look(seed:int) -> tuple[tuple[int, int, int], float, float]:
     base = rng.uniform(90, 190, 3)*(.9, 1, 1.05)
     return tuple(int(v) for v in base.clip(0, 255)), rng.uniform(0, 6.3), rng.uniform(.1, .6)
 
-# %% ../nbs/03_render.ipynb #ed184a5c
+# %% ../nbs/03_render.ipynb #62fb1969
 def draw_frame(
     seed: int,                          # of the video
     i: int,                             # index of the frame

@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'USAGE', 'StreamingValidation', 'open_store', 'validation_
            'disk_is_full', 'how_to_go_on', 'finish', 'run', 'training_facts', 'gather_weights', 'save_result', 'train',
            'main']
 
-# %% ../nbs/13_train.ipynb #72177b8f
+# %% ../nbs/13_train.ipynb #2fdc163a
 import errno, itertools, json, math, os, shutil, tempfile
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from .model import load_model, save_model
 from .stream import runner_options, stream_record
 from .trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
 
-# %% ../nbs/13_train.ipynb #6eb952d7
+# %% ../nbs/13_train.ipynb #fea05b0e
 class StreamingValidation:
     "Streams validation scenes with the model as it is in the middle of its training → metrics `stream_*`."
     def __init__(self, cfg, layout, scenes): self.cfg, self.layout, self.scenes = cfg, layout, scenes
@@ -61,7 +61,7 @@ class StreamingValidation:
         scores = score_traces(traces, records, tolerance)
         return dict(stream_failed=found.count(None)) | {f'stream_{c}': scores[c] or 0. for c in COLUMNS}
 
-# %% ../nbs/13_train.ipynb #9b40f6ac
+# %% ../nbs/13_train.ipynb #92d1b0b7
 def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | None:
     "The feature store of a training, if it has one; raises `InputError` if it does not hold all of its videos."
     if not args.features: return None
@@ -80,14 +80,14 @@ def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | 
         except InputError as e: raise InputError(f'train.features: {len(missing)} of {len(store)} videos are missing; {e}') from None
     return store
 
-# %% ../nbs/13_train.ipynb #d893fb7f
+# %% ../nbs/13_train.ipynb #28f49ce8
 def validation_scenes(cfg, args) -> list:
     "The validation scenes that a training is evaluated on; none, and then no evaluation, if there are none."
     if args.eval_strategy == 'no': return []
     scenes = load_scenes(cfg.data, 'validation')
     return [scenes[i] for i in range(min(len(scenes), args.eval_videos))]
 
-# %% ../nbs/13_train.ipynb #2cb9e601
+# %% ../nbs/13_train.ipynb #9696c4b6
 METRICS = ('eval_loss', *(f'eval_loss_{part}' for part in PARTS), *(f'eval_stream_{column}' for column in COLUMNS))
 
 def check_watching(args:DSTTrainingArguments):
@@ -110,7 +110,7 @@ def check_fit(cfg, args:DSTTrainingArguments, model):
                          'set train.glimpses=0')
     if args.eval_strategy != 'no': runner_options(cfg, model, dict(speak=.5, update=.5))
 
-# %% ../nbs/13_train.ipynb #334fa661
+# %% ../nbs/13_train.ipynb #9ac4809e
 def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
     "The trainer of a configuration: its model, rows, frozen parts and evaluation."
     check_watching(args)
@@ -146,7 +146,7 @@ def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
                          'set train.eval_strategy=no train.load_best_model_at_end=false')
     return trainer
 
-# %% ../nbs/13_train.ipynb #96401d09
+# %% ../nbs/13_train.ipynb #b6cc58f6
 def longest_row(data:DSTStreamDataset) -> dict:
     "The tokens, frames, labelled words and steps of the longest row of a training."
     row = data.stream(max(range(len(data)), key=data.lengths.__getitem__), data.rng(0), look=False)
@@ -155,7 +155,7 @@ def longest_row(data:DSTStreamDataset) -> dict:
     return dict(tokens=fullest, frames=round(share*len(row['frame_positions'])), words=round(share*int((row['labels'] != -100).sum())),
                 steps=row['told'].shape[1])
 
-# %% ../nbs/13_train.ipynb #1e5f8f3d
+# %% ../nbs/13_train.ipynb #57f725e5
 def dry_run(trainer) -> str:
     "What a training would need, as text."
     args, data, model, ranks = trainer.args, trainer.train_dataset, trainer.model, trainer.accelerator.num_processes
@@ -185,7 +185,7 @@ def dry_run(trainer) -> str:
         lines.append(', '.join(f'{name} over 4 GPUs: {nbytes/1e9:.1f} GB each' for name, nbytes in shared.items()))
     return '\n'.join(lines)
 
-# %% ../nbs/13_train.ipynb #98b9c9ee
+# %% ../nbs/13_train.ipynb #d60704ab
 def show_dry_run(cfg):
     "Print what a training would need; nothing is left behind."
     if not torch.cuda.is_available():                        # bf16 would be refused without a GPU, but is only reckoned with here
@@ -196,7 +196,7 @@ def show_dry_run(cfg):
         line = check_ranks(trainer)
         if trainer.is_world_process_zero(): print(f'{dry_run(trainer)}\n{line}; this was a dry run, nothing was trained')
 
-# %% ../nbs/13_train.ipynb #50374d8e
+# %% ../nbs/13_train.ipynb #7af44b99
 def learning_keys(train) -> dict:
     "What of the group `train` has a say in what is learned: not what is logged or shown, and not who loads the data."
     aside = lambda key: key.startswith(('logging_', 'dataloader_')) or key in ('report_to', 'dry_run', 'disable_tqdm')
@@ -210,7 +210,7 @@ def same_run(cfg, out:Path) -> bool:
     if any(before.get(group) != cfg[group] for group in ('model', 'data')): return False
     return learning_keys(before.get('train', {})) == learning_keys(cfg.train)
 
-# %% ../nbs/13_train.ipynb #ec8d8880
+# %% ../nbs/13_train.ipynb #d0250900
 def move_aside(out:Path):
     "Make room in `out` for another run: what was trained by the other configuration, finished or not, is renamed."
     if last_whole_checkpoint(out/'trainer')[0] is None: shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -220,21 +220,21 @@ def move_aside(out:Path):
         os.replace(out/name, out/f'{name}-before-{n}')
         print(f'{out}/{name} is of another configuration; it is {name}-before-{n} now', flush=True)
 
-# %% ../nbs/13_train.ipynb #beafd42a
+# %% ../nbs/13_train.ipynb #969f317b
 def disk_is_full(error:Exception) -> bool:
     "Is this how the libraries say that nothing more can be written?"
     if isinstance(error, OSError): return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     words = 'No space left', 'quota exceeded', 'File too large', 'PytorchStreamWriter failed', 'file write failed'
     return isinstance(error, SafetensorError | RuntimeError) and any(w in str(error) for w in words)
 
-# %% ../nbs/13_train.ipynb #8ea7a6e4
+# %% ../nbs/13_train.ipynb #282538d0
 def how_to_go_on(trainer) -> str:
     "What is left of a run that was stopped; half of a checkpoint is removed."
     last, _ = last_whole_checkpoint(trainer.args.output_dir)
     if last is None: return f'stopped at step {trainer.state.global_step}, before the first checkpoint: the same command begins anew'
     return f'stopped at step {trainer.state.global_step}; {last} is whole: the same command goes on from there'
 
-# %% ../nbs/13_train.ipynb #47bd7cc1
+# %% ../nbs/13_train.ipynb #0e2a635c
 def finish(trainer, last:str):
     "Take over what a run had reached that was killed while it saved its last checkpoint: the trainer itself would take one step too many."
     trainer.state = TrainerState.load_from_json(Path(last)/'trainer_state.json')
@@ -245,7 +245,7 @@ def finish(trainer, last:str):
     if is_adapted(trainer.model): load_adapter(trainer.model, folder)
     else: load_weights(trainer.model, folder/'model.safetensors')
 
-# %% ../nbs/13_train.ipynb #55f3efb6
+# %% ../nbs/13_train.ipynb #d8a5e9e7
 def run(trainer, last:str|None):
     "Train from the checkpoint `last`, or from the beginning."
     first = trainer.is_world_process_zero()
@@ -258,7 +258,7 @@ def run(trainer, last:str|None):
         if not disk_is_full(e): raise
         raise InputError(f'{trainer.args.output_dir}: the disk is full; {how_to_go_on(trainer)}, when there is room') from None
 
-# %% ../nbs/13_train.ipynb #ba6b838a
+# %% ../nbs/13_train.ipynb #376589e1
 def training_facts(cfg, trainer) -> dict:
     "What the model card says of a training."
     state = trainer.state
@@ -268,7 +268,7 @@ def training_facts(cfg, trainer) -> dict:
     return dict(data=cfg.data.name, streams=len(trainer.train_dataset), steps=state.global_step, checkpoint_of_step=kept,
                 seed=trainer.args.seed, learning_rate=trainer.args.learning_rate, lora_rank=trainer.args.lora_rank, metrics=metrics)
 
-# %% ../nbs/13_train.ipynb #3f99b1fe
+# %% ../nbs/13_train.ipynb #e9e9a371
 def gather_weights(trainer) -> dict | None:
     "All weights of a sharded model on the first rank; None where it is whole anyway."
     acc = trainer.accelerator
@@ -284,7 +284,7 @@ def save_result(trainer, out:Path, facts:dict, state_dict:dict|None=None):
         model, state_dict = merged(model), None
     save_model(model, trainer.layout, out/'checkpoint', facts, state_dict)
 
-# %% ../nbs/13_train.ipynb #82f57323
+# %% ../nbs/13_train.ipynb #27fa164a
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -312,7 +312,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/13_train.ipynb #73b319b3
+# %% ../nbs/13_train.ipynb #8554a1cd
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -325,5 +325,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #f2cc7134
+# %% ../nbs/13_train.ipynb #46d37e66
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['write_video', 'Frame', 'iter_frames', 'read_frames', 'VideoLength', 'video_length', 'prefetch', 'frames_to_pixels']
 
-# %% ../nbs/02_video.ipynb #b4fbdf02
+# %% ../nbs/02_video.ipynb #ffd30e69
 import errno, math, queue, re, threading, weakref
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import av, numpy as np, torch
@@ -22,7 +22,7 @@ from transformers import SmolVLMImageProcessorPil
 from .config import InputError, atomic_write
 from .state import frame_of
 
-# %% ../nbs/02_video.ipynb #f34eb388
+# %% ../nbs/02_video.ipynb #94673ec7
 def write_video(
     path,
     frames: np.ndarray,  # uint8 [T, H, W, 3], H and W even
@@ -37,7 +37,9 @@ def write_video(
         for image in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
         container.mux(stream.encode(None))
 
-# %% ../nbs/02_video.ipynb #e24427f8
+# %% ../nbs/02_video.ipynb #24f5aee5
+_CAMERAS = {'v4l2': {}, 'avfoundation': dict(framerate='30'), 'dshow': {}}   # FFmpeg's names of the systems, with their options
+
 def _name(source) -> str:
     "What messages call it."
     if isinstance(source, np.ndarray): return f'array of {source.dtype} {list(source.shape)}'
@@ -46,35 +48,55 @@ def _name(source) -> str:
 def _open(source, timeout):
     "The opened file, address or camera; an `InputError` where it cannot be opened."
     name, where = _name(source), str(source)
+    system, _, device = where.partition(':')
     if '://' in where: options = dict(timeout=timeout, options=dict(rtsp_flags='prefer_tcp'))   # UDP loses packets
     elif Path(source).is_char_device(): options = dict(timeout=timeout, format='v4l2')
+    elif system in _CAMERAS and device: where, options = device, dict(timeout=timeout, format=system, options=_CAMERAS[system])
     elif Path(source).is_file(): where, options = f'file:{source}', {}                # or "10:30.mp4" would be an address
     else: raise InputError(f'{name}: no such video file')
     try: return av.open(where, metadata_errors='replace', **options)
     except av.ExitError: raise InputError(f'{name}: no answer within {timeout:g} s') from None
-    except av.FFmpegError as e: raise InputError(f'{name}: not a readable video, or cut off ({e.strerror})') from None
+    except av.FFmpegError as e:
+        what = 'no camera that can be read' if 'format' in options else 'not a readable video, or cut off'
+        raise InputError(f'{name}: {what} ({e.strerror})') from None
+    except ValueError: raise InputError(f'{name}: this PyAV cannot read {system} cameras') from None
 
-# %% ../nbs/02_video.ipynb #51a95164
-def _whole(packets, container, stream, name) -> Iterator[av.Packet]:
-    "These packets of a file, and an `InputError` where the file is cut off."
-    end = 0.
+# %% ../nbs/02_video.ipynb #2278abe2
+def _whole(packets, container, stream, name, skip) -> Iterator[av.Packet]:
+    "These packets of a file, and an `InputError` where the file is cut off; with `skip` only a torn packet at the end is such."
+    end, torn = 0., None
     for packet in packets:
-        if packet.is_corrupt: raise InputError(f'{name}: cut off after {end:.1f} s')
+        if torn and packet.size: yield torn; torn = None
+        if packet.is_corrupt:
+            torn = packet
+            if skip: continue
+            break
         if packet.pts is not None: end = max(end, float((packet.pts + (packet.duration or 0))*stream.time_base))
         yield packet
+    if torn: raise InputError(f'{name}: cut off after {end:.1f} s')
     lengths = [stream.duration and stream.duration*stream.time_base]
     if len(container.streams) == 1: lengths.append(container.duration and Fraction(container.duration, av.time_base))
     promised = float(min(filter(None, lengths), default=0))
     if end < promised - .5: raise InputError(f'{name}: cut off after {end:.1f} s of {promised:.1f} s')
 
-# %% ../nbs/02_video.ipynb #cb2385ab
-def _arriving(packets) -> Iterator[av.Packet]:
+# %% ../nbs/02_video.ipynb #fa4b7b3f
+def _arriving(container, stream, timeout) -> Iterator[av.Packet]:
     "The packets of a live stream, to its end."
-    try: yield from packets
-    except av.OSError as e:
-        if e.errno != errno.EIO: raise     # FFmpeg's word for an HTTP sender that named no length and has closed
+    until = monotonic() + timeout
+    while True:
+        try:
+            for packet in container.demux(stream):
+                yield packet
+                until = monotonic() + timeout
+            return
+        except av.BlockingIOError as e:
+            if monotonic() > until: raise av.ExitError(e.errno, e.strerror) from None
+            sleep(.005)
+        except av.OSError as e:
+            if e.errno != errno.EIO: raise     # FFmpeg's word for an HTTP sender that named no length and has closed
+            return
 
-# %% ../nbs/02_video.ipynb #a9a54e2a
+# %% ../nbs/02_video.ipynb #6637c321
 _INDEXED = 'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm'
 
 class _Untrusted(Exception): "A short cut that may not lead where decoding from the start does."
@@ -93,29 +115,39 @@ def _keyframe(container, stream, at) -> tuple[int, Iterator[av.Packet]]:
         target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
     raise _Untrusted
 
-# %% ../nbs/02_video.ipynb #7236fb90
-def _decoded(packets, first, stream, name, live) -> Iterator[tuple[float, av.VideoFrame]]:
+# %% ../nbs/02_video.ipynb #bbf3cd9b
+def _decoded(packets, first, stream, name, live, skip) -> Iterator[tuple[float, av.VideoFrame | None]]:
     "The pictures in `packets` with their times; the packets begin with a key frame if `first` is known."
-    base, key, before = stream.time_base, None, None
+    base, seek, key, last, due, damaged = stream.time_base, first is not None, None, None, set(), False
+    def seconds(stamp): return float((stamp - first)*base)
+    def lost(end):                                            # due before the time-stamp `end`, and not come
+        late = sorted(stamp for stamp in due if stamp < end)
+        due.difference_update(late)
+        return [(seconds(stamp), None) for stamp in late if damaged and stamp >= (key if last is None else last + 1)]
     for packet in packets:
-        if first is not None and key is None: key = packet.pts
+        if seek and key is None: key = packet.pts
+        if skip and packet.size and not packet.is_discard and packet.pts is not None: due.add(packet.pts)
         try: pictures = packet.decode()
-        except av.InvalidDataError:
-            if live: continue
-            raise
+        except (av.InvalidDataError, av.ArgumentError):
+            if not (live or skip) or seek and last is None: raise
+            pictures, damaged = [], skip
+            if packet.pts is None and (live or packet.dts is not None): due.add(int(monotonic()/base) if live else packet.dts)
         for picture in pictures:
-            if picture.pts is None and live: picture.pts, picture.time_base = int(monotonic()/base), base
+            if picture.pts is None and live: picture.pts = int(monotonic()/base)
             if picture.pts is None: raise InputError(f'{name}: its pictures have no time-stamps; put them into an mp4 with a frame rate')
-            if first is None: first = key = picture.pts
+            if first is None: first = key = min(due | {picture.pts}) if damaged and not live else picture.pts
             if picture.pts < key and not live: continue
-            if before is None and picture.pts != key: raise _Untrusted
-            time = float((picture.pts - first)*picture.time_base)
+            if seek and last is None and picture.pts != key: raise _Untrusted
+            before, time = None if last is None else seconds(last), seconds(picture.pts)
             if live and before is not None and not before - 1 <= time <= before + 60:
                 raise InputError(f'{name}: its clock jumps from {before:.1f} s to {time:.1f} s; open the stream again')
-            yield time, picture
-            before = time
+            due.discard(picture.pts)
+            yield from lost(picture.pts)
+            yield time, None if skip and picture.is_corrupt else picture
+            last = picture.pts
+    if last is not None and not live: yield from lost(math.inf)
 
-# %% ../nbs/02_video.ipynb #39dbcddc
+# %% ../nbs/02_video.ipynb #e0f3031a
 def _stamped(packets, first, stream) -> Iterator[tuple[float, None]]:
     "How far the time-stamps go, packet by packet."
     last = -math.inf
@@ -125,22 +157,23 @@ def _stamped(packets, first, stream) -> Iterator[tuple[float, None]]:
         if first is None: first = next((picture.pts for picture in packet.decode()), None)
         if first is not None: yield float((last - first)*stream.time_base), None
 
-# %% ../nbs/02_video.ipynb #3f3de57f
-def _scan(source, at, decode, timeout) -> Iterator[tuple[float, av.VideoFrame | None]]:
+# %% ../nbs/02_video.ipynb #327aa9f0
+def _scan(source, at, decode, timeout, skip=False) -> Iterator[tuple[float, av.VideoFrame | None]]:
     "Times, with pictures if `decode`, from the last key frame at or before `at` on."
     name, time, first = _name(source), None, None
     with _open(source, timeout) as container:
         stream = container.streams.best('video')
         if stream is None: raise InputError(f'{name}: no video stream in this file')
-        live = container.duration is None and ('://' in name or 'v4l2' in container.format.name)
+        live = container.duration is None and ('://' in name or any(system in container.format.name for system in _CAMERAS))
         if live and not decode: raise InputError(f'{name}: a live stream has no length')
         seek = at > 0 and container.duration is not None and container.format.name in _INDEXED
         try:
             if seek: first, packets = _keyframe(container, stream, at)
+            elif live: packets = _arriving(container, stream, timeout)
             else: packets = container.demux(stream)
-            packets = _arriving(packets) if live else _whole(packets, container, stream, name)
-            for time, picture in _decoded(packets, first, stream, name, live) if decode else _stamped(packets, first, stream):
-                yield time, picture
+            if not live: packets = _whole(packets, container, stream, name, skip)
+            found = _decoded(packets, first, stream, name, live, skip) if decode else _stamped(packets, first, stream)
+            for time, picture in found: yield time, picture
             if time is None: raise InputError(f'{name}: the video has no frames')
         except (av.FFmpegError, InputError) as e:
             if seek and time is None: raise _Untrusted from None
@@ -149,7 +182,7 @@ def _scan(source, at, decode, timeout) -> Iterator[tuple[float, av.VideoFrame | 
             if isinstance(e, av.ExitError): raise InputError(f'{name}: nothing came for {timeout:g} s{after}') from None
             raise InputError(f'{name}: not a readable video, or cut off{after} ({e.strerror})') from None
 
-# %% ../nbs/02_video.ipynb #147d75a9
+# %% ../nbs/02_video.ipynb #8b7b9e0d
 _IMAGES = '.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff'
 
 def _listed(folder) -> list[Path]:
@@ -169,8 +202,8 @@ def _timed(pairs, name) -> Iterator[tuple[float, np.ndarray]]:
         yield time - first, image
     if first is None: raise InputError(f'{name}: no pictures')
 
-# %% ../nbs/02_video.ipynb #6f2f80d3
-def _pictures(source, source_fps, at, timeout) -> Iterator[tuple[float, object]]:
+# %% ../nbs/02_video.ipynb #8e290e61
+def _pictures(source, source_fps, at, timeout, skip=False) -> Iterator[tuple[float, object]]:
     "Every picture with its time in seconds, the first at 0; from some picture at or before `at` on."
     name, known = _name(source), isinstance(source, np.ndarray) or isinstance(source, (str, Path)) and Path(source).is_dir()
     if source_fps is not None and not known: raise InputError(f'{name}: source_fps={source_fps}: it has time-stamps of its own')
@@ -180,12 +213,12 @@ def _pictures(source, source_fps, at, timeout) -> Iterator[tuple[float, object]]
         if not len(pictures): raise InputError(f'{name}: no pictures')
         yield from ((i/source_fps, picture) for i, picture in enumerate(pictures))
     elif isinstance(source, (str, Path)):
-        try: yield from _scan(source, at, True, timeout)
-        except _Untrusted: yield from _scan(source, 0, True, timeout)
+        try: yield from _scan(source, at, True, timeout, skip)
+        except _Untrusted: yield from _scan(source, 0, True, timeout, skip)
     elif isinstance(source, Iterable): yield from _timed(source, name)
     else: raise InputError(f'{name}: no video; a path, an address, an array or pairs (seconds, image) would be one')
 
-# %% ../nbs/02_video.ipynb #38c181f6
+# %% ../nbs/02_video.ipynb #8f180a0c
 def _rgb(picture, name) -> np.ndarray:  # uint8 [H, W, 3]
     "The picture in RGB as a viewer shows it."
     if isinstance(picture, av.VideoFrame):
@@ -202,14 +235,16 @@ def _rgb(picture, name) -> np.ndarray:  # uint8 [H, W, 3]
         raise InputError(f'{name}: a picture must be uint8 [H, W, 3], not {_name(picture)}')
     return picture.copy()
 
-# %% ../nbs/02_video.ipynb #2c71b61f
+# %% ../nbs/02_video.ipynb #3e7f6884
+_SLACK = .00075   # seconds by which a picture may come after its frame; more than Matroska's rounding, less than its smallest step
+
 class Frame(NamedTuple):
     "What a model sees at `time = index / fps`."
     index: int
-    time: float        # seconds
-    image: np.ndarray  # uint8 [H, W, 3]
+    time: float               # seconds
+    image: np.ndarray | None  # uint8 [H, W, 3]; None: what was to be seen is damaged
 
-# %% ../nbs/02_video.ipynb #d11ab5f4
+# %% ../nbs/02_video.ipynb #8ca6b045
 def iter_frames(
     source,                # file, folder of images, address or camera; uint8 array [T, H, W, 3]; pairs (seconds, uint8 [H, W, 3])
     fps: float = 2.0,      # frames per second of the result, whatever the source's own rate
@@ -217,29 +252,36 @@ def iter_frames(
     start: int = 0,        # the first frame wanted; what comes earlier is not decoded where seeking is exact
     stop: int | None = None,  # one after the last frame wanted; None: to the end
     timeout: float = 10.,  # seconds that a live stream or an address may keep us waiting
+    damaged: str = 'error',  # what cannot be decoded: 'error', or 'skip': its frames have the image None; a file cut off is an error
 ) -> Iterator[Frame]:
     "Frame `i` is the last picture shown at or before `i / fps`, as long as the source lasts; raises `InputError`."
     name, index, shown, shape = _name(source), start, None, None
     if not fps > 0: raise InputError(f'fps={fps}: must be positive')
     if start < 0 or stop is not None and stop < start: raise InputError(f'{name}: no frames from {start} to {stop}')
+    if damaged not in ('error', 'skip'): raise InputError(f"damaged={damaged}: unknown; write 'error' or 'skip'")
     def frame():
         nonlocal shape
-        image = _rgb(shown, name)
+        try: image = _rgb(shown, name)
+        except InputError:
+            if damaged == 'error' or not (shown is None or isinstance(shown, Path)): raise
+            return Frame(index, index/fps, None)
         if isinstance(shown, Path) and shape not in (None, image.shape):
             raise InputError(f'{shown}: {image.shape[0]} x {image.shape[1]} pixels, the images before it {shape[0]} x {shape[1]}')
         shape = image.shape
         return Frame(index, index/fps, image)
     if index == stop: return
-    with closing(_pictures(source, source_fps, start/fps, timeout)) as pictures:
+    with closing(_pictures(source, source_fps, start/fps, timeout, damaged == 'skip')) as pictures:
         for time, picture in pictures:
-            while index/fps < time:
+            while index/fps < time - _SLACK:
                 yield frame()
                 index += 1
                 if index == stop: return
             shown = picture
-        if index/fps == time: yield frame()
+        while index/fps < time + _SLACK and index != stop:
+            yield frame()
+            index += 1
 
-# %% ../nbs/02_video.ipynb #97d9f297
+# %% ../nbs/02_video.ipynb #1d5d1152
 def read_frames(
     source, fps: float = 2.0, source_fps: float | None = None,  # as for `iter_frames`, and so are the next three
     start: int = 0, stop: int | None = None, timeout: float = 10.,
@@ -251,7 +293,7 @@ def read_frames(
     if len(sizes) > 1: raise InputError(f'{_name(source)}: its pictures change their size, {sizes[0]} to {sizes[1]} pixels')
     return np.stack(images)
 
-# %% ../nbs/02_video.ipynb #33f9acc4
+# %% ../nbs/02_video.ipynb #6cc28b2c
 class VideoLength(NamedTuple):
     "`seconds` from the first picture to the last, and how many `frames` `iter_frames` gives."
     seconds: float
@@ -271,10 +313,9 @@ def video_length(
         try: time = max(t for t, _ in (_scan(source, at, decode, timeout) if file else _pictures(source, source_fps, 0, timeout)))
         except _Untrusted: continue
         break
-    last = frame_of(time, fps)
-    return VideoLength(time, last + (last/fps <= time))
+    return VideoLength(time, frame_of(time + _SLACK, fps))
 
-# %% ../nbs/02_video.ipynb #5bab77a6
+# %% ../nbs/02_video.ipynb #4d58bd3d
 def _fill(items, tickets, ready, stopped):
     "Make items as long as there are tickets; an error, or the end, is the last item."
     try:
@@ -287,7 +328,7 @@ def _stop(thread, tickets, stopped):
     tickets.put(True)                                                        # wakes a thread that waits for one
     if thread is not threading.current_thread(): thread.join(5)              # a source that hangs must not hang us
 
-# %% ../nbs/02_video.ipynb #35ff9037
+# %% ../nbs/02_video.ipynb #c2d0ab14
 class prefetch:
     "The same items and errors in the same order, made by a background thread; `close()` stops it, and so does garbage collection."
     def __init__(self,
@@ -310,7 +351,7 @@ class prefetch:
         try: raise error
         finally: del error                                                   # no cycle of error and traceback
 
-# %% ../nbs/02_video.ipynb #b7337112
+# %% ../nbs/02_video.ipynb #c0056f3f
 def frames_to_pixels(
     frames,           # uint8 [T, H, W, 3], or a list of [H, W, 3]
     image_size: int,  # S, the vision tower's input

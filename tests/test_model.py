@@ -14,7 +14,7 @@ from dst_smolvlm.heads import DSTSmolVLMConfig
 from dst_smolvlm.model import DSTSmolVLM, build_tiny, checkpoint_hash, load_pretrained, quiet, save_model
 from dst_smolvlm.prompt import layout_stream
 from dst_smolvlm.rows import pack_rows
-from dst_smolvlm.stream import StreamRunner
+from dst_smolvlm.runner import StreamRunner
 from dst_smolvlm.video import frames_to_pixels
 from dst_smolvlm.world import make_scene, render
 
@@ -158,13 +158,12 @@ def test_streaming_equals_one_pass(mode, source):
     scene = make_scene(1, 'test')
     frames, names = scene.frames()[:25], [s.name for s in scene.record.steps]
     runner = StreamRunner(model.eval(), layout, names, filter_options=None, max_reply_tokens=4, speak_threshold=.4)
-    ids, told, feed = [], [], model.feed
-    model.feed = lambda x, *rest: (ids.extend(x), feed(x, *rest))[1]
+    told = []
     answers = [(told.append(torch.from_numpy(runner.told.astype(int))), runner.push(f))[1] for f in frames]
-    ids = torch.tensor([ids])
+    ids = torch.tensor([[i for s in runner.memory.segments for i in s.ids][:runner.memory.length]])
     with torch.no_grad():
         out = model(ids, frames_to_pixels(frames, 64), frame_positions=(ids == layout.image_token_id).nonzero()[None, :, 1],
-                    step_spans=torch.tensor([runner.first_prompt.step_spans]), told=torch.stack(told)[None])
+                    step_spans=torch.tensor([runner.memory.prompt.step_spans]), told=torch.stack(told)[None])
     for key in ('speak', 'update'):
         streamed = torch.tensor([getattr(a, f'{key}_prob') for a in answers])
         torch.testing.assert_close(streamed, out[f'{key}_logits'][0].softmax(-1)[:, 1], atol=1e-5, rtol=0)

@@ -160,6 +160,63 @@ def test_refusals(tmp_path, read):
         assert '\n' not in str(caught.value)
 
 
+# Rates: a picture made for a frame is shown in it, whatever its time-stamp was rounded to
+
+NTSC = {29.97: Fraction(30000, 1001), 23.976: Fraction(24000, 1001), 59.94: Fraction(60000, 1001), 25: Fraction(25)}
+
+
+def numbered(path, rate, count):
+    "Picture `i` shows the number `i` as two grey squares, one for each digit."
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream({'.mkv': 'ffv1', '.ts': 'libx264'}.get(path.suffix, 'mpeg4'), rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, 'yuv420p'
+        for i in range(count):
+            shown = np.repeat(np.array([[i//10, i % 10]], np.uint8)*24 + 12, 32, 1).repeat(32, 0)
+            shown = av.VideoFrame.from_ndarray(shown[..., None].repeat(3, 2), format='rgb24')
+            shown.time_base, shown.pts = 1/rate, i
+            container.mux(stream.encode(shown))
+        container.mux(stream.encode(None))
+    return path
+
+
+def numbers(frames): return [10*(int(f.image[:, 4:28].mean())//24) + int(f.image[:, 36:60].mean())//24 for f in frames]
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.mkv', '.avi', '.ts'])
+@pytest.mark.parametrize('fps', NTSC)
+def test_no_picture_is_lost_at_its_own_rate(tmp_path, fps, suffix):
+    "The rate as people write it and as it is, for a file that has the one or the other; and the last frame of any number of pictures."
+    for real in {NTSC[fps], Fraction(fps).limit_denominator(1001)}:
+        if suffix == '.ts' and real != NTSC[fps]: continue                     # no rate of MPEG
+        for count in (1, 2, 90) if suffix != '.ts' else (90,):                 # FFmpeg recognises no shorter stream of plain pictures
+            path = numbered(tmp_path/f'a{suffix}', real, count)
+            for asked in (fps, float(NTSC[fps])):
+                assert numbers(iter_frames(path, asked)) == list(range(count))
+                assert video_length(path, asked).frames == count
+    for start, stop in ((1, 3), (44, None), (89, 90), (90, None)):
+        assert numbers(iter_frames(path, fps, start=start, stop=stop)) == list(range(90))[start:stop]
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.mkv', '.avi'])
+@pytest.mark.parametrize('fps', [.5, 2, 7.3, 23.976, 29.97, 30, 59.94, 2000])
+def test_other_rates(tmp_path, fps, suffix):
+    "Frame `i` is the last picture at or before `i / fps`; three quarters of a millisecond are no difference."
+    for real in NTSC.values():
+        path = numbered(tmp_path/f'a{suffix}', real, 70)
+        seen = numbers(iter_frames(path, fps))
+        assert video_length(path, fps).frames == len(seen)
+        rounding = .001 if suffix == '.mkv' else 0
+        for i, number in enumerate(seen):
+            assert number/real <= i/fps + .00075 + rounding + 1e-9
+            assert number == 69 or (number + 1)/real >= i/fps + .00075 - rounding - 1e-9
+        assert len(seen)/fps > 69/real - rounding                              # the next frame would come after the last picture
+
+
+def test_a_picture_a_millisecond_late_is_late():
+    pairs = [(t, picture(k)) for k, t in enumerate((0, .4, .501, .9, 1.0005, 1.499))]
+    assert [[k for k in range(6) if (f.image == picture(k)).all()] for f in iter_frames(pairs, 2)] == [[0], [1], [4]]
+
+
 # Sizes, formats and names
 
 ODD = 47, 63
