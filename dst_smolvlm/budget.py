@@ -7,7 +7,7 @@ __all__ = ['POSITIONS', 'STRATEGIES', 'Context', 'size', 'Continuation', 'BaseCo
            'DropAll', 'DropMiddle', 'RecentFrames', 'TextLongVisionShort', 'SummarizeAndDrop', 'SummarizeWithDST',
            'make_strategy']
 
-# %% ../nbs/10_budget.ipynb #ec139278
+# %% ../nbs/10_budget.ipynb #2a6aa2c4
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from .log import Segment, visible_state
 from .prompt import Prompt
 from .records import read_records
 
-# %% ../nbs/10_budget.ipynb #d9ebdd37
+# %% ../nbs/10_budget.ipynb #5d34cdd1
 @dataclass
 class Context:
     "What a strategy may look at and do when the context is full."
     segments: list[Segment]                 # all that the context says, in order; the first is a prompt
     first: Segment                          # the prompt with which the stream began, in the state of that time
     new: int                                # tokens that are about to come
+    prompt_tokens: int                      # of a prompt at most, whatever the state
     write_prompt: Callable[[list[int]], Prompt]      # for a state [S]
     ask_summary: Callable[[int], Segment]   # has the model say a summary of at most so many tokens, now, of all that the context holds
     video_uid: str = ''
@@ -58,12 +59,13 @@ class Continuation:
     feed: list[Segment]          # must be read next, before the next frame
     turn: bool = True            # whether kept keys are turned to the positions where they stand now
 
-# %% ../nbs/10_budget.ipynb #41eb5f76
+# %% ../nbs/10_budget.ipynb #2cf7da33
 POSITIONS = 'rebuild', 'turn', 'keep'
 
 class BaseContextStrategy:
     "Decides when the context is full, and what becomes of it. A strategy of your own overrides `compress_cache`."
     name = 'base'
+    rewrites = False                 # whether it writes prompts for other states, which may be longer than the first
     def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='rebuild'):
         if max_seq_len <= reserved_seq_len:
             raise InputError(f'context_strategy.max_seq_len={max_seq_len}: must be larger than reserved_seq_len={reserved_seq_len}')
@@ -72,7 +74,7 @@ class BaseContextStrategy:
 
     def settings(self) -> dict:
         "What it was given, for a trace."
-        return dict(name=self.name) | {k: v for k, v in vars(self).items() if v is None or isinstance(v, (int, str))}
+        return dict(name=self.name) | {k: v for k, v in vars(self).items() if k[0] != '_' and (v is None or isinstance(v, (int, str)))}
     def is_full(self, length:int) -> bool: return length + self.reserved_seq_len >= self.max_seq_len
     def least(self, prompt:int, frame:int) -> int:
         "Tokens that an overflow leaves at least, of which `prompt` are the prompt and `frame` are a frame."
@@ -86,7 +88,10 @@ class BaseContextStrategy:
     def limits(self) -> str: return f'context_strategy.max_seq_len={self.max_seq_len} with {self.reserved_seq_len} reserved'
     def room(self, context:Context) -> int:
         "Tokens that are free for frames and turns beside the stream's prompt."
-        return self.max_seq_len - self.reserved_seq_len - len(context.first.ids) - context.new - 1
+        return self.max_seq_len - self.reserved_seq_len - context.prompt_tokens - context.new - 1
+    def reply_room(self, held:int) -> int:
+        "Tokens that a reply may have if so many are held; 8 are for how it opens and ends."
+        return self.max_seq_len - held - 8
 
     def compress_cache(self, context:Context) -> Continuation: raise NotImplementedError
     def handle_overflow(self, context:Context) -> Continuation:
@@ -108,7 +113,7 @@ def register(cls):
     STRATEGIES[cls.name] = cls
     return cls
 
-# %% ../nbs/10_budget.ipynb #1896955d
+# %% ../nbs/10_budget.ipynb #00d9b89e
 @register
 class NoStrategy(BaseContextStrategy):
     "Keeps everything; stops with a clear error at the limit."
@@ -124,7 +129,7 @@ class DropAll(BaseContextStrategy):
     def least(self, prompt, frame): return prompt
     def compress_cache(self, context): return self.go_on(context, [context.first])
 
-# %% ../nbs/10_budget.ipynb #c6efe7eb
+# %% ../nbs/10_budget.ipynb #490c53a4
 @register
 class DropMiddle(BaseContextStrategy):
     "Keeps the prompt and the most recent frames and turns."
@@ -147,7 +152,7 @@ class RecentFrames(BaseContextStrategy):
     def least(self, prompt, frame): return prompt + self.num_frames*frame
     def compress_cache(self, context): return self.go_on(context, [context.first, *context.last_frames(self.num_frames)])
 
-# %% ../nbs/10_budget.ipynb #704cd562
+# %% ../nbs/10_budget.ipynb #cc4bdca9
 @register
 class TextLongVisionShort(BaseContextStrategy):
     "Keeps all turns, and the image tokens of the last `num_frames` frames."
@@ -168,38 +173,44 @@ class TextLongVisionShort(BaseContextStrategy):
             kept = [s for s in group if id(s) in seen or s.kind != 'frame' and left >= 0] + kept
         return self.go_on(context, [context.first, *kept])
 
-# %% ../nbs/10_budget.ipynb #60685053
+# %% ../nbs/10_budget.ipynb #543fe638
 @register
 class SummarizeAndDrop(BaseContextStrategy):
     "Keeps the prompt of the beginning and a summary that the model writes at the overflow."
     name = 'summarize_and_drop'
     def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, summary_max_length:int=256):
-        super().__init__(max_seq_len, max(reserved_seq_len, summary_max_length + 16))
+        super().__init__(max_seq_len, reserved_seq_len + summary_max_length + 16)
         self.summary_max_length = summary_max_length
     def least(self, prompt, frame): return prompt + self.summary_max_length + 16
-    def compress_cache(self, context): return self.go_on(context, [context.first, context.ask_summary(self.summary_max_length)])
+    def reply_room(self, held): return super().reply_room(held) - self.summary_max_length - 16       # a summary must still fit
+    def compress_cache(self, context):
+        if self.is_full(len(context.first.ids) + context.new):                                      # not to be written for nothing
+            raise InputError(f'{self.limits()}: too little for a summary of {self.summary_max_length} tokens and {context.new} more')
+        return self.go_on(context, [context.first, context.ask_summary(self.summary_max_length)])
 
-# %% ../nbs/10_budget.ipynb #e168aaff
+# %% ../nbs/10_budget.ipynb #c8dd2479
 @register
 class SummarizeWithDST(DropMiddle):
     "Keeps a prompt in the state that was predicted, and the most recent frames and turns."
-    name = 'summarize_with_dst'
+    name, rewrites = 'summarize_with_dst', True
     def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, tail_tokens:int|None=None, dst_file:str|None=None):
         super().__init__(max_seq_len, reserved_seq_len, 'rebuild', tail_tokens)
-        self.truth = None if dst_file is None else {r.uid: r for r in read_records(dst_file)}
+        self._truth = None if dst_file is None else {r.uid: r for r in read_records(dst_file)}
         if dst_file is not None: self.name = 'summarize_with_dst_oracle'        # in every trace and table
     def state_before(self, context, frame:int) -> list[int]:
         "The state [S] that was told before a frame; of the truth, the one that held then."
-        if self.truth is None: return visible_state([s for s in context.segments if s.frame < frame]).tolist()
-        if context.video_uid not in self.truth: raise InputError(f'context_strategy.dst_file: it has no record of {context.video_uid}')
-        states = self.truth[context.video_uid].states(context.fps)
+        if self._truth is None: return visible_state([s for s in context.segments if s.frame < frame]).tolist()
+        if context.video_uid not in self._truth: raise InputError(f'context_strategy.dst_file: it has no record of {context.video_uid}')
+        states, steps = self._truth[context.video_uid].states(context.fps), len(context.first.prompt.state)
+        if states.shape[1] != steps:
+            raise InputError(f'context_strategy.dst_file: {context.video_uid} has {states.shape[1]} steps there, {steps} in this stream')
         return states[min(frame, len(states)) - 1].tolist() if frame else [0]*states.shape[1]
     def compress_cache(self, context):
         tail = self.tail(context)
         prompt = context.write_prompt(self.state_before(context, tail[0].frame if tail else context.segments[-1].frame + 1))
         return Continuation([], [Segment('prompt', prompt.ids, prompt=prompt), *tail])
 
-# %% ../nbs/10_budget.ipynb #5ff891df
+# %% ../nbs/10_budget.ipynb #d999dd76
 def make_strategy(
     cfg,                        # mapping: `name`, and the options of that strategy; max_seq_len None is the limit
     limit: int = 8192,          # tokens that the model can read (`max_position_embeddings`)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['turn_keys', 'StreamCache']
 
-# %% ../nbs/04_kv.ipynb #ceabec9c
+# %% ../nbs/04_kv.ipynb #643fd352
 import numpy as np
 import torch
 
 from .config import InputError
 
-# %% ../nbs/04_kv.ipynb #bb3aa8a5
+# %% ../nbs/04_kv.ipynb #1bb562f7
 def turn_keys(
     keys: torch.Tensor,       # [..., n, D], already turned to the positions where they stand
     by: torch.Tensor,         # [n] new position - old position
@@ -24,7 +24,7 @@ def turn_keys(
     a, b = x.chunk(2, -1)
     return (x*cos + torch.cat([-b, a], -1)*sin).to(keys.dtype)
 
-# %% ../nbs/04_kv.ipynb #fb1554f2
+# %% ../nbs/04_kv.ipynb #fe57a911
 class StreamCache:
     "Keys and values of several streams, a row for each. In the place of the library's caches; it grows by doubling unless `fixed`."
     def __init__(
@@ -104,14 +104,14 @@ class StreamCache:
         "Drop all other tokens of a row. What is in front and stays where it is, is not touched."
         slots = np.asarray(slots, int)
         n, at = len(slots), self.positions[row, slots]
-        moved = int(np.argmax(slots != np.arange(n))) if (slots != np.arange(n)).any() else n      # the first that changes its slot
+        by = np.arange(n) - at if turn else np.zeros(n, int)
+        changes = (slots != np.arange(n)) | (by != 0)
+        moved = int(changes.argmax()) if changes.any() else n                  # the first that changes its slot or its position
         index = torch.from_numpy(slots[moved:]).to(self.device)
-        by = np.arange(n) - at
-        turned = turn and by[moved:].any()
         for keys, values in zip(self.keys, self.values):
             if moved == n: break
             kept = keys[row].index_select(1, index)                            # [H, n - moved, D]
-            if turned: kept = turn_keys(kept, torch.from_numpy(by[moved:]).to(self.device), self.inv_freq)
+            if by.any(): kept = turn_keys(kept, torch.from_numpy(by[moved:]).to(self.device), self.inv_freq)
             keys[row, :, moved:n], values[row, :, moved:n] = kept, values[row].index_select(1, index)
         self.positions[row, :n] = np.arange(n) if turn else at
         self.lengths[row] = n

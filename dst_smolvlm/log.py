@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Segment', 'visible_state', 'StreamMemory', 'Ask', 'FrameAnswer', 'say', 'watch', 'stack_steps', 'StreamGeneration']
 
-# %% ../nbs/05_log.ipynb #54e228f9
+# %% ../nbs/05_log.ipynb #c6c14007
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from .kv import StreamCache
 from .prompt import Prompt, StreamLayout
 from .state import transitions
 
-# %% ../nbs/05_log.ipynb #55f63837
+# %% ../nbs/05_log.ipynb #62a4b0cd
 @dataclass(eq=False)
 class Segment:
     "One piece of the log; two of them are the same only if they are the same object."
@@ -38,7 +38,7 @@ def visible_state(segments) -> np.ndarray:
         for step, after in (s.changes or {}).items(): state[step] = after
     return state
 
-# %% ../nbs/05_log.ipynb #9840f709
+# %% ../nbs/05_log.ipynb #21064ebc
 @dataclass
 class StreamMemory:
     "All that is kept of a stream between two frames: its log, and the row of a cache that holds the beginning of it."
@@ -87,7 +87,7 @@ class StreamMemory:
         self.unread = 0
         return ids, tokens
 
-# %% ../nbs/05_log.ipynb #dabda7e4
+# %% ../nbs/05_log.ipynb #aaabdbd3
 @dataclass
 class Ask:
     "A stream wants to know something once all that it wrote is read."
@@ -115,7 +115,7 @@ def say(memory:StreamMemory, kind:str, opening, layout:StreamLayout, max_new_tok
     memory.extend([layout.end_id] + layout.turn_end)
     return said
 
-# %% ../nbs/05_log.ipynb #4139c7af
+# %% ../nbs/05_log.ipynb #a62d6060
 def watch(
     memory: StreamMemory,
     frame_tokens: torch.Tensor,     # [1, N, D] of `encode_frames`
@@ -124,7 +124,7 @@ def watch(
     believe: Callable,              # (state_probs [S, 3], pointer_probs [S+1], update_prob, told [S]) → state [S]
     heard: list[str] = (),          # what the user said since the last frame
     may_speak: Callable = lambda prob: prob >= .5,   # probability of head 1 → whether it speaks
-    max_new_tokens: int = 64,       # of a reply
+    max_new_tokens: int|Callable = 64,   # of a reply; a function is asked when it begins
 ) -> Generator[Ask, object, FrameAnswer]:
     "One frame of one stream."
     memory.frame += 1
@@ -137,10 +137,11 @@ def watch(
         memory.write('state', layout.update(before, after, names), changes=changes)
     memory.told = after
     if may_speak(speak):
-        text = layout.decode((yield from say(memory, 'assistant', layout.assistant_open, layout, max_new_tokens)))
+        longest = max_new_tokens() if callable(max_new_tokens) else max_new_tokens
+        text = layout.decode((yield from say(memory, 'assistant', layout.assistant_open, layout, longest)))
     return FrameAnswer(speak, update, states, pointer, after.copy(), text)
 
-# %% ../nbs/05_log.ipynb #151a6206
+# %% ../nbs/05_log.ipynb #1bc93846
 def stack_steps(steps:list[StepMemory]) -> StepMemory:
     "Several streams' steps as one batch; the shorter are padded."
     if len(steps) == 1: return steps[0]
@@ -181,6 +182,7 @@ class StreamGeneration(GreedyGeneration):
         P(pointer) [S+1]) for who asked for a decision; None for the others. All asks are of one cache, and of different rows."""
         asks, order = zip(*sorted(zip(asks, range(len(asks))), key=lambda a: a[0].memory.row))
         cache, results, ids, tokens = asks[0].memory.cache, [None]*len(asks), {}, []
+        before = [(a.memory, a.memory.unread) for a in asks], cache.lengths.copy(), cache.next_position.copy()
         new_prompt = [a.memory for a in asks if a.memory.steps is None]       # their rows are empty, and it is read first
         for a in asks:
             ids[a.memory.row], frames = a.memory.take()
@@ -191,7 +193,11 @@ class StreamGeneration(GreedyGeneration):
         places = {what: torch.tensor([ends[k] for k in ks], device=self.device).T for what, ks in groups.items() if ks}      # [2, n] each
         told = self.told_states([asks[k].memory for k in groups['decision']])
         never = torch.tensor(layout.never_said, dtype=torch.long, device=self.device)
-        hidden, embeds = self.read_rows(ids, tokens, cache)
+        try: hidden, embeds = self.read_rows(ids, tokens, cache)
+        except BaseException:                                                  # nothing has been read
+            memories, cache.lengths, cache.next_position = before
+            for memory, unread in memories: memory.unread = unread
+            raise
         for memory in new_prompt:
             spans, n = torch.tensor([memory.prompt.step_spans], device=self.device), memory.prompt.step_spans[-1][1]
             memory.steps = self.step_memory(hidden[memory.row][None, :n], embeds[memory.row][None, :n], spans)

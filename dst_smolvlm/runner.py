@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_OPTIONS', 'StepResult', 'Stream', 'Watching', 'check_image', 'StreamRunner', 'Waiting', 'BatchStreamRunner']
 
-# %% ../nbs/11_runner.ipynb #2a4845cb
+# %% ../nbs/11_runner.ipynb #886602bb
 import time
 from collections import deque
 from collections.abc import Generator
@@ -26,7 +26,7 @@ from .model import DSTSmolVLM
 from .prompt import StreamLayout
 from .video import frames_to_pixels
 
-# %% ../nbs/11_runner.ipynb #a2af54c4
+# %% ../nbs/11_runner.ipynb #492e78f2
 @dataclass
 class StepResult(FrameAnswer):
     "What the model made of one frame, and what that took."
@@ -58,6 +58,7 @@ class Stream:
         cache: StreamCache|None = None, row: int = 0,   # a row of a cache; by default one of its own
     ):
         self.layout, self.names, self.fps = layout, list(steps), fps
+        if not self.names: raise InputError('a stream needs at least one step')
         self.strategy = strategy or NoStrategy(model.config.text_config.max_position_embeddings)
         self.speak_threshold, self.update_threshold, self.max_reply_tokens = speak_threshold, update_threshold, max_reply_tokens
         self.quiet_frames, self.last_spoken = refractory_s*fps, -np.inf
@@ -84,8 +85,8 @@ class Stream:
         if dropped and self.filter is not None: self.filter.restart(self.told)         # it believes what the context says
         i = self.memory.frame + 1
         def may_speak(prob): return prob >= self.speak_threshold and (bool(heard) or i - self.last_spoken > self.quiet_frames)
-        room = self.strategy.max_seq_len - self.memory.length - self.memory.unread - new - 8     # 8: how a turn opens and ends
-        longest = max(1, min(self.max_reply_tokens, room))
+        def longest():
+            return max(1, min(self.max_reply_tokens, self.strategy.reply_room(self.memory.length + self.memory.unread)))
         answer = yield from watch(self.memory, tokens, self.layout, self.names, self.believe, heard, may_speak, longest)
         if answer.text is not None: self.last_spoken = i
         self.last = StepResult(**vars(answer), cache_tokens=self.memory.length, dropped_tokens=dropped)
@@ -98,7 +99,7 @@ class Stream:
         self.last = StepResult(**vars(self.last) | nothing | dict(skipped=reason))
         return self.last
 
-# %% ../nbs/11_runner.ipynb #068b3514
+# %% ../nbs/11_runner.ipynb #99b5fcb2
 class Watching:
     "A frame on its way through the model: what it asks, and in the end its `result`."
     def __init__(self, stream:Stream, tokens, heard, began:float):
@@ -120,7 +121,7 @@ def check_image(image):
         what = f'{image.dtype} {list(image.shape)}' if isinstance(image, np.ndarray) else type(image).__name__
         raise InputError(f'a frame must be uint8 [H, W, 3], not {what}')
 
-# %% ../nbs/11_runner.ipynb #5b838d3c
+# %% ../nbs/11_runner.ipynb #7a5102c0
 class StreamRunner:
     "Pushes the frames of one video through the model."
     def __init__(self, model:DSTSmolVLM, layout:StreamLayout, steps:list[str], goal:str='', knowledge:str='', **options):    # of `Stream`
@@ -137,7 +138,7 @@ class StreamRunner:
     def push(self, image, user=(), skip:str='undecodable') -> StepResult:
         "One frame, uint8 [H, W, 3], or None for one that is skipped, and why; and what the user said since the last one."
         began = time.perf_counter()
-        self.heard += user
+        self.heard += [user] if isinstance(user, str) else user
         if image is None: return self.stream.skip(skip)
         check_image(image)
         pixels = frames_to_pixels(image[None], self.model.config.vision_config.image_size).to(self.model.device, non_blocking=True)
@@ -146,7 +147,7 @@ class StreamRunner:
         while frame.result is None: frame.send(self.model.answer([frame.ask], self.layout)[0])
         return frame.result
 
-# %% ../nbs/11_runner.ipynb #7ba9d386
+# %% ../nbs/11_runner.ipynb #fdce67d7
 @dataclass
 class Waiting:
     "A frame that is still to be worked on."
@@ -169,11 +170,12 @@ class BatchStreamRunner:
         self.streams, self.free = {}, deque(range(self.cache.rows))
         self.waiting, self.working, self.unheard = {}, {}, {}       # by key: frames to come, the one in the making, words to be heard
 
-    def join(self, key, steps:list[str], goal:str='', knowledge:str='', **options) -> Stream:
+    def join(self, key, steps:list[str], goal:str|None=None, knowledge:str|None=None, **options) -> Stream:
         "A new stream under the name `key`; raises `InputError` if there is one already, or no room."
         if key in self.streams: raise InputError(f'stream {key}: is there already')
         if not self.free: raise InputError(f'stream {key}: all {self.cache.rows} slots are taken; let another one leave first')
-        stream = Stream(self.model, self.layout, steps, goal, knowledge, cache=self.cache, row=self.free[0], **self.options | options)
+        about = {k: v for k, v in dict(goal=goal, knowledge=knowledge).items() if v is not None}
+        stream = Stream(self.model, self.layout, steps, cache=self.cache, row=self.free[0], **self.options | about | options)
         self.free.popleft()
         self.streams[key], self.waiting[key], self.unheard[key] = stream, deque(), []
         return stream
@@ -187,7 +189,7 @@ class BatchStreamRunner:
     def add(self, key, image, user=()):
         "The next frame of a stream (None: one that is skipped), and what its user said; it is worked on by `step`."
         if image is not None: check_image(image)
-        self.waiting[key].append(Waiting(image, list(user), time.perf_counter()))
+        self.waiting[key].append(Waiting(image, [user] if isinstance(user, str) else list(user), time.perf_counter()))
 
     def _begin(self) -> list[tuple]:
         "Take up a frame of every stream that is free for one → what is done already: frames that were skipped, streams that ended."
@@ -225,11 +227,8 @@ class BatchStreamRunner:
     @property
     def busy(self) -> bool: return bool(self.working) or any(self.waiting.values())
     def push(self, frames:dict, users:dict=NO_OPTIONS) -> dict:
-        "One frame for each of some streams, and what their users said → their results, when all are done."
+        "One frame for each of some streams, and what their users said → their results as of `step`, when all are done."
         for key, image in frames.items(): self.add(key, image, users.get(key, ()))
         results = {}
-        while self.busy:
-            for key, result in self.step():
-                if isinstance(result, InputError): raise result
-                results[key] = result
+        while self.busy: results.update(self.step())
         return results
