@@ -8,7 +8,7 @@ __all__ = ['LATE', 'LIVE', 'USAGE', 'HonestClock', 'Recorder', 'trace_header', '
            'prepare', 'read_steps', 'name_of_video', 'is_live', 'record_of', 'show_frame', 'screen_for', 'stream_file',
            'main']
 
-# %% ../nbs/11_stream.ipynb #13e974c5
+# %% ../nbs/11_stream.ipynb #d5fe6065
 import contextlib, inspect, itertools, json, time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ from .state import transitions
 from .trace import Trace, TraceFrame, TraceWriter, read_trace
 from .video import iter_frames, prefetch
 
-# %% ../nbs/11_stream.ipynb #1252cd34
+# %% ../nbs/11_stream.ipynb #dfd058d0
 LATE = 'wait', 'drop'
 
 class HonestClock:
@@ -62,7 +62,7 @@ class HonestClock:
         self.free_at = start + self.work(result)
         return start + self.work(result)*(result.decision_ms/result.latency_ms if result.latency_ms else 1) - i/self.fps
 
-# %% ../nbs/11_stream.ipynb #c981c902
+# %% ../nbs/11_stream.ipynb #1ae91a10
 class Recorder:
     "The frames and events of a trace, one after the other."
     def __init__(self, record:VideoRecord, state):    # [S] at the beginning
@@ -94,7 +94,7 @@ def user_words(record:VideoRecord) -> dict[int, list[str]]:
     "What the user says, by the frame that hears it."
     return {f: words for f, turns in record.turns_at().items() if (words := [t.content for t in turns if t.role == 'user'])}
 
-# %% ../nbs/11_stream.ipynb #ed875bb9
+# %% ../nbs/11_stream.ipynb #a35461ac
 def stream_frames(runner:StreamRunner, record:VideoRecord, frames, clock:HonestClock|None=None) -> Iterator[tuple]:
     """Push frames (uint8 [H, W, 3], None where one could not be decoded) as they come → for each its `TraceFrame`, the events at it, and
     the frame itself."""
@@ -123,7 +123,7 @@ def stream_record(
         trace_frames.append(frame); events += here
     return header.model_copy(update=dict(frames=trace_frames, events=events))
 
-# %% ../nbs/11_stream.ipynb #594a2ccd
+# %% ../nbs/11_stream.ipynb #1373123d
 def stream_records(
     model: DSTSmolVLM, layout: StreamLayout,
     videos,                    # an iterable of (record, frames); taken when there is a free slot
@@ -155,7 +155,7 @@ def stream_records(
             batch.leave(k); v = open_.pop(k)
             yield v['header'].model_copy(update=dict(frames=v['trace'], events=v['events']))
 
-# %% ../nbs/11_stream.ipynb #bcf86f2d
+# %% ../nbs/11_stream.ipynb #048c0f25
 def given_thresholds(cfg) -> dict[str, float]:
     "Those of the two thresholds {speak, update} that the configuration gives."
     given = {head: cfg.eval[f'{head}_threshold'] for head in ('speak', 'update') if cfg.eval[f'{head}_threshold'] is not None}
@@ -170,7 +170,7 @@ def load_thresholds(cfg, checkpoint) -> dict[str, float]:
     except ValueError: raise InputError(f'{path}: not readable as JSON; remove it, or evaluate again') from None
     return dict(speak=.5, update=.5) | tuned | given_thresholds(cfg)
 
-# %% ../nbs/11_stream.ipynb #181b05f1
+# %% ../nbs/11_stream.ipynb #5a0d0877
 def pick_device(cfg) -> str:
     "`cfg.eval.device`, of which `auto` is a GPU if there is one."
     if cfg.eval.device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -198,7 +198,7 @@ def prepare(model, cfg):
     "The model as it streams: in evaluation mode, and with `eval.int8_vision` its vision tower in 8 bits (`05_int8`)."
     return quantize_vision(model.eval()) if cfg.eval.int8_vision else model.eval()
 
-# %% ../nbs/11_stream.ipynb #aac7c558
+# %% ../nbs/11_stream.ipynb #8f11a47e
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -219,13 +219,13 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #6828262c
+# %% ../nbs/11_stream.ipynb #8f19682b
 def name_of_video(video) -> str:
     "What a trace calls a file, a folder or an address; never with the user and password that an address may hold."
     address = urlsplit(str(video)) if '://' in str(video) else None
     return f'{address.hostname}{address.path}'.strip('/').replace('/', '_') if address else Path(video).stem
 
-# %% ../nbs/11_stream.ipynb #0aadf33e
+# %% ../nbs/11_stream.ipynb #1eaf48c0
 LIVE = 'webcam', '/dev/video', 'v4l2:', 'avfoundation:', 'dshow:', 'rtsp:', 'rtsps:', 'rtmp:', 'rtp:', 'udp:', 'srt:'
 def is_live(source) -> bool: return str(source).startswith(LIVE)
 
@@ -267,9 +267,9 @@ def stream_file(video, steps_file, checkpoint, out, cfg, show:bool=False) -> Tra
     clock = late and HonestClock(fps, late, live)
     meta = dict(checkpoint_hash=checkpoint_hash(checkpoint), config=OmegaConf.to_container(cfg), clock=late, **environment())
     header = trace_header(runner.stream, record, str(checkpoint), meta=meta)
-    frames = tqdm((f.image for f in itertools.chain([first], decoded)), desc='frames')
+    images = (f.image for f in itertools.chain([first], decoded))
     seen = np.zeros((64, 64, 3), np.uint8) if first.image is None else first.image
-    with screen_for(show, out, record) as screen, TraceWriter(out, header) as writer:
+    with screen_for(show, out, record) as screen, TraceWriter(out, header) as writer, tqdm(images, desc='frames') as frames:
         try:
             for frame, events, image in stream_frames(runner, record, frames, clock):
                 writer.add(frame, events)
@@ -281,7 +281,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg, show:bool=False) -> Tra
         finally: decoded.close()
     return read_trace(out)
 
-# %% ../nbs/11_stream.ipynb #b794b422
+# %% ../nbs/11_stream.ipynb #afb58c87
 USAGE = """usage: python -m dst_smolvlm.stream [--source] VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json
        [--show] [group.key=value] ...
 Streams a video (a file, webcam, an address, or a folder of images with eval.source_fps=…) through a trained model; leaves the trace, and
@@ -310,5 +310,5 @@ def main(argv=None):
     of_these = f' ({", ".join(f"{skipped.count(why)} {why}" for why in sorted(set(skipped)))})' if skipped else ''
     print(f"{len(trace.frames)} frames{of_these}, {len(trace.spoken)} replies, {changes} state changes; {out} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #8f2e959c
+# %% ../nbs/11_stream.ipynb #ac42e18c
 if __name__ == '__main__' and '__file__' in globals(): main()
