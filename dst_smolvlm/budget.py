@@ -7,7 +7,7 @@ __all__ = ['POSITIONS', 'STRATEGIES', 'Context', 'size', 'Continuation', 'BaseCo
            'DropAll', 'DropMiddle', 'RecentFrames', 'TextLongVisionShort', 'SummarizeAndDrop', 'SummarizeWithDST',
            'make_strategy']
 
-# %% ../nbs/10_budget.ipynb #2a6aa2c4
+# %% ../nbs/10_budget.ipynb #584394d3
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .log import Segment, visible_state
 from .prompt import Prompt
 from .records import read_records
 
-# %% ../nbs/10_budget.ipynb #5d34cdd1
+# %% ../nbs/10_budget.ipynb #7f2c1840
 @dataclass
 class Context:
     "What a strategy may look at and do when the context is full."
@@ -59,7 +59,7 @@ class Continuation:
     feed: list[Segment]          # must be read next, before the next frame
     turn: bool = True            # whether kept keys are turned to the positions where they stand now
 
-# %% ../nbs/10_budget.ipynb #2cf7da33
+# %% ../nbs/10_budget.ipynb #63fcc860
 POSITIONS = 'rebuild', 'turn', 'keep'
 
 class BaseContextStrategy:
@@ -113,7 +113,7 @@ def register(cls):
     STRATEGIES[cls.name] = cls
     return cls
 
-# %% ../nbs/10_budget.ipynb #00d9b89e
+# %% ../nbs/10_budget.ipynb #b0528e5e
 @register
 class NoStrategy(BaseContextStrategy):
     "Keeps everything; stops with a clear error at the limit."
@@ -129,7 +129,7 @@ class DropAll(BaseContextStrategy):
     def least(self, prompt, frame): return prompt
     def compress_cache(self, context): return self.go_on(context, [context.first])
 
-# %% ../nbs/10_budget.ipynb #490c53a4
+# %% ../nbs/10_budget.ipynb #3ad1af06
 @register
 class DropMiddle(BaseContextStrategy):
     "Keeps the prompt and the most recent frames and turns."
@@ -152,7 +152,7 @@ class RecentFrames(BaseContextStrategy):
     def least(self, prompt, frame): return prompt + self.num_frames*frame
     def compress_cache(self, context): return self.go_on(context, [context.first, *context.last_frames(self.num_frames)])
 
-# %% ../nbs/10_budget.ipynb #cc4bdca9
+# %% ../nbs/10_budget.ipynb #35d41fe5
 @register
 class TextLongVisionShort(BaseContextStrategy):
     "Keeps all turns, and the image tokens of the last `num_frames` frames."
@@ -173,7 +173,7 @@ class TextLongVisionShort(BaseContextStrategy):
             kept = [s for s in group if id(s) in seen or s.kind != 'frame' and left >= 0] + kept
         return self.go_on(context, [context.first, *kept])
 
-# %% ../nbs/10_budget.ipynb #543fe638
+# %% ../nbs/10_budget.ipynb #fb9742c0
 @register
 class SummarizeAndDrop(BaseContextStrategy):
     "Keeps the prompt of the beginning and a summary that the model writes at the overflow."
@@ -188,7 +188,7 @@ class SummarizeAndDrop(BaseContextStrategy):
             raise InputError(f'{self.limits()}: too little for a summary of {self.summary_max_length} tokens and {context.new} more')
         return self.go_on(context, [context.first, context.ask_summary(self.summary_max_length)])
 
-# %% ../nbs/10_budget.ipynb #c8dd2479
+# %% ../nbs/10_budget.ipynb #880191a4
 @register
 class SummarizeWithDST(DropMiddle):
     "Keeps a prompt in the state that was predicted, and the most recent frames and turns."
@@ -210,7 +210,7 @@ class SummarizeWithDST(DropMiddle):
         prompt = context.write_prompt(self.state_before(context, tail[0].frame if tail else context.segments[-1].frame + 1))
         return Continuation([], [Segment('prompt', prompt.ids, prompt=prompt), *tail])
 
-# %% ../nbs/10_budget.ipynb #d999dd76
+# %% ../nbs/10_budget.ipynb #62258baf
 def make_strategy(
     cfg,                        # mapping: `name`, and the options of that strategy; max_seq_len None is the limit
     limit: int = 8192,          # tokens that the model can read (`max_position_embeddings`)
