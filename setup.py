@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=['dst_smolvlm', 'dst_smolvlm.*']),
     package_data={'dst_smolvlm': ['conf/*.yaml', 'conf/**/*.yaml', 'conf/accelerate/slurm.sh']},
     install_requires=words('requirements'),
-    extras_require={name: words(f'{name}_requirements') for name in ('dev', 'lab', 'lora', 'qlora')},
+    extras_require={name: words(f'{name}_requirements') for name in ('dev', 'lab', 'lora', 'qlora', 'semantic')},
     classifiers=['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11',
                  'Programming Language :: Python :: 3.12'],
 )

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from dst_smolvlm.config import InputError, compose_config
 from dst_smolvlm.dataset import DSTStreamDataset, ToyScenes, load_glimpse_scenes, load_scenes
-from dst_smolvlm.metrics import baseline_trace, score_traces
+from dst_smolvlm.baselines import baseline_trace
+from dst_smolvlm.metrics import score_traces
 from dst_smolvlm.model import build_tiny
 from dst_smolvlm.records import Step, VideoRecord, read_records, write_records
 from dst_smolvlm.render import COLOURS, SHAPES, Part, draw_noise

@@ -1,0 +1,72 @@
+"""An oracle, streamed like any model, is perfect through the whole pipeline: records → stream → trace on disk → scores. Exactly."""
+import os
+from pathlib import Path
+
+import pytest
+
+from dst_smolvlm.baselines import stream_oracle
+from dst_smolvlm.budget import STRATEGIES, make_strategy
+from dst_smolvlm.compare import score_all, tally
+from dst_smolvlm.config import compose_config
+from dst_smolvlm.dataset import load_scenes
+from dst_smolvlm.model import build_tiny
+from dst_smolvlm.records import read_records
+from dst_smolvlm.trace import read_trace, write_trace
+from dst_smolvlm.world import make_scene, replay
+
+REAL = Path(os.environ.get('DST_REAL', '../shared/real'))/'holoassist'
+WORST_IS_ONE = {'cider', 'meteor', 'meteor_exact_stem'}                   # the reference itself does not have 1 there
+BEST_IS_ZERO = {'reply_missing_rate', 'reply_redundant_rate', 'reply_time_diff', 'duplicate_rate'}
+
+
+@pytest.fixture(scope='module')
+def reader():
+    model, layout = build_tiny(dict(hidden_size=32, layers=1, vision_size=32))
+    return model.eval(), layout
+
+
+def check(reader, scene, folder, **options):
+    "Stream the oracle's answers on a scene, by way of a file → its trace, and nothing but perfect scores."
+    trace = read_trace(write_trace(stream_oracle(*reader, scene.record, scene.frames(), **options), folder/'trace.json'))
+    for f in trace.frames: f.latency_ms = f.decision_ms = 0.; f.first_token_ms = None      # that it takes its time is no error
+    scores = score_all(tally(trace, scene.record).counts, dict(speaking_f1=1, update_f1=1, joint_goal_accuracy=1))
+    wrong = {k: v for k, v in scores.items() if isinstance(v, float) and k not in WORST_IS_ONE and v != (0. if k in BEST_IS_ZERO else 1.)}
+    assert not wrong, (scene.record.uid, wrong)
+    assert scores['joint_goal_accuracy'] == 1. and (scores['speaking_f1'] == 1. or not scene.record.turns)
+    return trace
+
+
+@pytest.mark.parametrize('name', [n for n in STRATEGIES if n != 'none'])
+def test_the_toy_world_under_every_strategy(reader, tmp_path, name):
+    scene, few = make_scene(5, 'test'), dict(num_frames=8)
+    small = dict(summarize_and_drop=dict(summary_max_length=16), recent_frames=few, text_long_vision_short=few)
+    strategy = make_strategy(dict(name=name, max_seq_len=330, reserved_seq_len=64) | small.get(name, {}))
+    trace = check(reader, scene, tmp_path, strategy=strategy)
+    assert any(e['type'] == 'overflow' for e in trace.events)
+
+
+@pytest.mark.parametrize('world', ['toy', 'toy_hidden', 'toy_small', 'toy_crowded'])
+def test_toy_worlds(reader, tmp_path, world):
+    scenes = load_scenes(compose_config([f'data={world}']).data, 'test')
+    for i in range(3): check(reader, scenes[i], tmp_path)
+
+
+def recordings():
+    if not REAL.is_dir(): pytest.skip('no HoloAssist labels at hand')
+    return [r for r in read_records([REAL], policy='clip') if r.steps]
+
+
+def stream_recordings(reader, folder, records):
+    model = reader[0]
+    for record in records:
+        strategy = make_strategy(dict(name='summarize_with_dst', max_seq_len=None), model.config.text_config.max_position_embeddings)
+        check(reader, replay(record), folder, strategy=strategy)
+
+
+def test_the_shortest_recordings(reader, tmp_path):
+    stream_recordings(reader, tmp_path, sorted(recordings(), key=lambda r: r.duration)[:3])
+
+
+@pytest.mark.slow
+def test_every_recording(reader, tmp_path):
+    stream_recordings(reader, tmp_path, recordings())
