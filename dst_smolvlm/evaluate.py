@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['THRESHOLD_GRID', 'COLUMNS', 'USAGE', 'tune_thresholds', 'with_threshold', 'tune_variants', 'perplexity',
-           'make_language', 'all_rows', 'processor', 'describe_run', 'threshold_figures', 'write_results',
-           'find_checkpoint', 'evaluate', 'main']
+           'make_language', 'check_scoring', 'all_rows', 'processor', 'describe_run', 'threshold_figures',
+           'write_results', 'find_checkpoint', 'evaluate', 'main']
 
-# %% ../nbs/13_evaluate.ipynb #3783bac4
+# %% ../nbs/13_evaluate.ipynb #7be74f79
 import hashlib, json, math, os, platform, shlex
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .baselines import BASELINES, baseline_trace
 from .bootstrap import resample
-from .compare import calibration, compare_rows, curves, make_row, tally_all
+from .compare import calibration, combined_score, compare_rows, curves, make_row, tally_all
 from .config import InputError, atomic_write, environment, parse_cli, run_cli, save_config
 from .dataset import DSTStreamDataset, StreamCollator, load_scenes
 from .lanes import timeline_figure
@@ -35,7 +36,7 @@ from .stream import backbone_dtype, given_thresholds, pick_device, prepare
 from .thresholds import RESTREAM_NOTE, best_threshold, f1_figure, pr_curve, pr_figure, probabilities, reliability_figure
 from .trace import reference_speech
 
-# %% ../nbs/13_evaluate.ipynb #44b1d49a
+# %% ../nbs/13_evaluate.ipynb #eff32115
 THRESHOLD_GRID = np.arange(.05, 1., .05)
 
 def tune_thresholds(traces, records, tolerance_s:float, grid=THRESHOLD_GRID) -> dict[str, float]:
@@ -56,7 +57,7 @@ def with_threshold(trace, head:str, theta:float):
     if head == 'speak': frames = [f.model_copy(update={'text': (f.text or '…') if f.speak_prob >= theta else None}) for f in frames]
     return trace.model_copy(update=dict(meta=meta, frames=frames))
 
-# %% ../nbs/13_evaluate.ipynb #c92a262e
+# %% ../nbs/13_evaluate.ipynb #630f66c1
 def tune_variants(checkpoint, variants, scenes, cfg, out, ranks) -> tuple[dict, str]:
     "Thresholds by the variant's name, tuned on its own streams of the validation `scenes` or as configured; and where they come from."
     given = given_thresholds(cfg)
@@ -71,7 +72,7 @@ def tune_variants(checkpoint, variants, scenes, cfg, out, ranks) -> tuple[dict, 
     if cfg.eval.split == 'validation': source += ', which are the scored videos themselves'
     return thresholds, source
 
-# %% ../nbs/13_evaluate.ipynb #c0612dc6
+# %% ../nbs/13_evaluate.ipynb #6ab04f07
 def perplexity(checkpoint, scenes, cfg) -> float|None:
     "exp of the mean negative log-likelihood of the tokens that the assistant of the reference says; None if it says nothing."
     model, layout = load_pretrained(checkpoint, dtype=backbone_dtype(cfg), device=pick_device(cfg))
@@ -86,7 +87,7 @@ def perplexity(checkpoint, scenes, cfg) -> float|None:
         words += len(out.lm_targets)
     return math.exp(surprise/words) if words else None
 
-# %% ../nbs/13_evaluate.ipynb #a1e03e0c
+# %% ../nbs/13_evaluate.ipynb #3f9e6d43
 COLUMNS = ('speaking_f1', 'update_f1', 'joint_goal_accuracy', 'slot_accuracy', 'response_names_step')      # what a training watches
 
 def make_language(cfg, records) -> Language:
@@ -97,13 +98,24 @@ def make_language(cfg, records) -> Language:
     encoder.encode_all(references)
     return Language(encoder, encoder.name, Idf(references))
 
-def all_rows(streamed:dict, variants, records, cfg, language) -> tuple[dict, dict, list, list]:
-    "Rows and tallies by name, how the first row differs from others, and what was left out of predictions."
-    problems, made, tallies = [], {}, {}
-    options = dict(tolerance_s=cfg.eval.tolerance_s, window=cfg.eval.window and tuple(cfg.eval.window), language=language)
+def check_scoring(cfg, taken) -> dict:
+    "The options of `tally` but for the language; raises `InputError` for what could not be scored. `taken` are names of rows."
+    window = OmegaConf.to_container(cfg.eval)['window']
+    good = isinstance(window, list) and len(window) == 2 and all(type(w) in (int, float) for w in window) and window[0] <= 0 <= window[1]
+    if window is not None and not good: raise InputError(f'eval.window={window}: must be [left, right] in seconds, for example [-1.5, 2.5]')
+    for key in ('tolerance_s', 'bootstrap', 'pictures', 'controls'):
+        if not cfg.eval[key] >= 0: raise InputError(f'eval.{key}={cfg.eval[key]}: must be at least 0')
+    combined_score(score_counts(Counter()), dict(cfg.eval.weights or {}))
+    for name in cfg.eval.predictions or {}:
+        if name in taken: raise InputError(f'eval.predictions.{name}: there is a row of this name already')
+    return dict(tolerance_s=cfg.eval.tolerance_s, window=window and tuple(window))
+
+def all_rows(streamed:dict, elsewhere:dict, variants, records, cfg, options) -> tuple[dict, dict, list]:
+    """Rows and tallies by name, and how the first row differs from others, of what was `streamed` {name: traces} and predicted `elsewhere`;
+    `options` of `tally`."""
+    made, tallies, weights = {}, {}, dict(cfg.eval.weights or {})
     sizes = {len(records), *map(len, streamed.values())} if cfg.eval.bootstrap else ()
     draws = {n: resample(n, int(cfg.eval.bootstrap), seed=0) for n in sizes}
-    weights = dict(cfg.eval.weights or {})
     def add(name, kind, what, traces):
         some = records[:len(traces)] if kind != 'baseline' else records
         tallies[name] = tally_all(traces, some, **options)
@@ -111,18 +123,15 @@ def all_rows(streamed:dict, variants, records, cfg, language) -> tuple[dict, dic
     for v in variants:
         fewer = f', first {len(streamed[v.name])} videos' if len(streamed[v.name]) < len(records) else ''
         add(v.name, 'control' if v.control else 'streamed', v.what + fewer, streamed[v.name])
-    for name, path in (cfg.eval.predictions or {}).items():
-        if name in made or name in BASELINES: raise InputError(f'eval.predictions.{name}: there is a row of this name already')
-        traces, wrong = read_predictions(path, records, name)
-        problems += wrong
+    for name, traces in elsewhere.items():
         silent = sum(not any(e['type'] != 'user' for e in t.events) for t in traces)
-        add(name, 'elsewhere', f'predictions in {Path(path).name}' + (f', nothing for {silent} videos' if silent else ''), traces)
+        what = f'predictions in {Path(cfg.eval.predictions[name]).name}'
+        add(name, 'elsewhere', what + (f', nothing for {silent} videos' if silent else ''), traces)
     for name, what in BASELINES.items(): add(name, 'baseline', what, [baseline_trace(name, r) for r in records])
     main, *others = [name for name, row in made.items() if row['kind'] in ('streamed', 'elsewhere')] + ['event_order']
-    compared = compare_rows(tallies, main, others, weights, draws[len(records)]) if draws else []
-    return made, tallies, compared, problems
+    return made, tallies, compare_rows(tallies, main, others, weights, draws[len(records)]) if draws else []
 
-# %% ../nbs/13_evaluate.ipynb #e4eace41
+# %% ../nbs/13_evaluate.ipynb #c752dde4
 def processor() -> str:
     "The name of the processor, if the system tells."
     lines = Path('/proc/cpuinfo').read_text().splitlines() if os.path.exists('/proc/cpuinfo') else ()
@@ -149,7 +158,7 @@ def describe_run(cfg, checkpoint, thresholds, source, records, language, argv) -
         signatures=signatures(language.similarity),
         filter=OmegaConf.to_container(cfg.eval).get('filter'), context_strategy=OmegaConf.to_container(cfg.context_strategy))
 
-# %% ../nbs/13_evaluate.ipynb #85fc3920
+# %% ../nbs/13_evaluate.ipynb #581d430a
 def threshold_figures(tallies, thresholds, tolerance_s) -> tuple[list, list]:
     "Pictures of the sweeps over stored probabilities, and what they say, for the rows that have probabilities."
     figures, notes = [], [f"<p class='note'>{RESTREAM_NOTE}</p>"]
@@ -183,7 +192,7 @@ def write_results(out:Path, made, tallies, comparisons, problems, streamed, reco
     with atomic_write(out/'report.html') as f: f.write(page)
     for _, fig, _ in (*figures, *timelines): plt.close(fig)
 
-# %% ../nbs/13_evaluate.ipynb #1e5c4088
+# %% ../nbs/13_evaluate.ipynb #f106ca8e
 def find_checkpoint(cfg) -> Path|None:
     "The folder of the checkpoint; None where there is none and none is needed."
     checkpoint = Path(cfg.eval.checkpoint or Path(cfg.output_dir)/'checkpoint')
@@ -198,7 +207,10 @@ def evaluate(cfg, argv=()) -> dict|None:
     test, validation = load_scenes(cfg.data, cfg.eval.split), load_scenes(cfg.data, 'validation')
     if not len(test): raise InputError(f'data={cfg.data.name}: the split {cfg.eval.split} is empty; choose another with eval.split=train')
     test, validation = [test[i] for i in range(len(test))], [validation[i] for i in range(len(validation))]
-    variants = variants_of(cfg) if checkpoint else []
+    variants, records = variants_of(cfg) if checkpoint else [], [s.record for s in test]
+    options = check_scoring(cfg, [*BASELINES, *(v.name for v in variants)])                     # not after hours of streaming
+    read = {name: read_predictions(path, records, name) for name, path in (cfg.eval.predictions or {}).items()}
+    language = make_language(cfg, records)
     thresholds, source = tune_variants(checkpoint, variants, validation, cfg, out, ranks) if checkpoint else ({}, 'none are used')
     if cfg.eval.split == 'train': source += '; the scored videos were trained on, so this says nothing of unseen ones'
     if checkpoint and 'tuned' in source and cfg.eval.checkpoint is None and ranks.is_main_process:
@@ -206,9 +218,8 @@ def evaluate(cfg, argv=()) -> dict|None:
     folder, split = out/'traces'/cfg.eval.split, cfg.eval.split
     streamed = stream_scenes(checkpoint, test, variants, thresholds, cfg, folder, split, ranks) if checkpoint else {}
     if not ranks.is_main_process: return None
-    records = [s.record for s in test]
-    language = make_language(cfg, records)
-    made, tallies, comparisons, problems = all_rows(streamed, variants, records, cfg, language)
+    elsewhere, problems = {name: traces for name, (traces, _) in read.items()}, [p for _, wrong in read.values() for p in wrong]
+    made, tallies, comparisons = all_rows(streamed, elsewhere, variants, records, cfg, options | dict(language=language))
     if checkpoint and cfg.eval.perplexity: made['model']['perplexity'] = perplexity(checkpoint, test, cfg)
     meta = describe_run(cfg, checkpoint, thresholds, source, records, language, argv)
     write_results(out, made, tallies, comparisons, problems, streamed, records, meta, cfg)
@@ -219,7 +230,7 @@ def evaluate(cfg, argv=()) -> dict|None:
     print(f"\n{meta['videos']} {cfg.eval.split} videos; thresholds: {source}. {out/'report.html'} has intervals, comparisons and timelines")
     return dict(rows=rows, comparisons=comparisons, meta=meta)
 
-# %% ../nbs/13_evaluate.ipynb #bd4caa43
+# %% ../nbs/13_evaluate.ipynb #9ed0f386
 USAGE = """usage: python -m dst_smolvlm.evaluate [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.evaluate ...                             shared among processes
 Streams the videos of eval.split with OUTPUT_DIR/checkpoint, scores them beside baselines and predictions from elsewhere, and leaves the
@@ -230,5 +241,5 @@ def main(argv=None):
     "The command: overrides → scores and report."
     evaluate(parse_cli(argv, USAGE), argv)
 
-# %% ../nbs/13_evaluate.ipynb #2b792b89
+# %% ../nbs/13_evaluate.ipynb #0247c95f
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -7,7 +7,7 @@ __all__ = ['MODEL', 'HEAD_ONLY', 'CONTROLS', 'STREAMING_CODE', 'CODE', 'Variant'
            'code_hash', 'Job', 'strategy_of', 'costs', 'load_once', 'is_done', 'stream_one', 'start_worker',
            'processes', 'run_jobs', 'count_cores', 'join_ranks', 'TraceFiles', 'stream_scenes']
 
-# %% ../nbs/12_split.ipynb #e17d2c7b
+# %% ../nbs/12_split.ipynb #f302887b
 import hashlib, json, os, resource, threading, zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +31,7 @@ from .model import checkpoint_hash, load_pretrained
 from .stream import HonestClock, backbone_dtype, pick_device, prepare, runner_options, stream_record
 from .trace import Trace, read_trace, write_trace
 
-# %% ../nbs/12_split.ipynb #be5e5d9a
+# %% ../nbs/12_split.ipynb #f2104ce9
 @dataclass(frozen=True)
 class Variant:
     "One way to stream a video; a row of the scores."
@@ -48,7 +48,7 @@ HEAD_ONLY = Variant('model_head_only', 'own feedback, head 4 alone', use_filter=
 CONTROLS = (Variant('control_grey', 'control: every frame is grey', control='grey', like='model'),
             Variant('control_permuted', 'control: the step lines are permuted', control='permuted', like='model'))
 
-# %% ../nbs/12_split.ipynb #9e9918a0
+# %% ../nbs/12_split.ipynb #4315e5c3
 def other_strategy(name:str, given, main) -> dict:
     "The options of a context strategy that is compared with the `main` one: its own defaults, the main one's budget, and what is `given`."
     given = dict(given or {})
@@ -56,7 +56,10 @@ def other_strategy(name:str, given, main) -> dict:
     if kind not in STRATEGIES:
         raise InputError(f"eval.strategies.{name}: no such strategy; there are {', '.join(STRATEGIES)} (or give it a name: of these)")
     options = OmegaConf.to_container(compose_config([f'context_strategy={kind}']).context_strategy)
-    return options | {k: main[k] for k in ('max_seq_len', 'reserved_seq_len') if k in main} | given
+    options |= {k: main[k] for k in ('max_seq_len', 'reserved_seq_len') if k in main} | given
+    try: make_strategy(options | dict(max_seq_len=None), limit=10**9)           # a wrong option is found before anything is streamed
+    except InputError as e: raise InputError(f'eval.strategies.{name}: {e}') from None
+    return options
 
 def variants_of(cfg) -> list[Variant]:
     "The variants that a configuration asks for, the main one first."
@@ -64,8 +67,9 @@ def variants_of(cfg) -> list[Variant]:
     others = [Variant(name, f'the model with context_strategy={dict(given or {}).get("name", name)}{about(given)}',
                       strategy=other_strategy(name, given, cfg.context_strategy))
               for name, given in (cfg.eval.strategies or {}).items()]
-    others += [Variant(name, f'checkpoint {Path(str(path)).parent.name}/{Path(str(path)).name}', checkpoint=str(path))
-               for name, path in (cfg.eval.checkpoints or {}).items()]
+    for name, path in (cfg.eval.checkpoints or {}).items():
+        if not Path(str(path)).is_dir(): raise InputError(f'eval.checkpoints.{name}={path}: no checkpoint there')
+        others.append(Variant(name, f'checkpoint {Path(str(path)).parent.name}/{Path(str(path)).name}', checkpoint=str(path)))
     variants = [MODEL, HEAD_ONLY, *others, *(CONTROLS if cfg.eval.controls else ())]
     names = [v.name for v in variants]
     for name in names:
@@ -73,7 +77,7 @@ def variants_of(cfg) -> list[Variant]:
             raise InputError(f'eval.strategies, eval.checkpoints: {name}: not a name of its own for a row')
     return variants
 
-# %% ../nbs/12_split.ipynb #186505dc
+# %% ../nbs/12_split.ipynb #505a05bb
 def controlled(variant:Variant, scene, seed:int=0):
     "The record and the frames that a variant streams: the scene's own, or spoiled ones."
     record, frames = scene.record, scene.frames()
@@ -85,8 +89,8 @@ def controlled(variant:Variant, scene, seed:int=0):
         record = record.model_copy(update={'steps': [s.model_copy(update={'name': name}) for s, name in zip(record.steps, names)]})
     return record, frames
 
-# %% ../nbs/12_split.ipynb #3b19170b
-STREAMING_CODE = ('budget', 'cache', 'filter', 'heads', 'int8', 'kv', 'log', 'model', 'prompt', 'render', 'runner', 'state', 'stream',
+# %% ../nbs/12_split.ipynb #a8c3f695
+STREAMING_CODE = ('budget', 'cache', 'filter', 'heads', 'int8', 'kv', 'log', 'model', 'prompt', 'render', 'runner', 'split', 'state', 'stream',
                   'video', 'world')
 
 def code_hash() -> str:
@@ -96,7 +100,7 @@ def code_hash() -> str:
 
 CODE = code_hash()             # of the code that this process has loaded, whatever becomes of the files
 
-# %% ../nbs/12_split.ipynb #b153a619
+# %% ../nbs/12_split.ipynb #d4f61b91
 @dataclass(frozen=True)
 class Job:
     "One video in one variant: all that a worker process needs to know."
@@ -118,7 +122,7 @@ class Job:
                  pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.scene.fingerprint()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/12_split.ipynb #e23fe2a3
+# %% ../nbs/12_split.ipynb #bf4f196e
 def strategy_of(job:Job, model, layout):
     "The context strategy of a job; a `window` is room for the prompt, twice its frames, and some words; beside what is reserved."
     options = dict(job.variant.strategy or job.cfg.context_strategy)
@@ -137,7 +141,7 @@ def costs(model) -> dict:
     most = torch.cuda.max_memory_allocated(model.device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
     return dict(cache_bytes_per_token=kept, peak_memory_bytes=most, device=torch.cuda.get_device_name(model.device) if on_gpu else 'cpu')
 
-# %% ../nbs/12_split.ipynb #508c2960
+# %% ../nbs/12_split.ipynb #9af7e4f3
 _loaded = {}                   # the last checkpoint of this process, by what it was loaded from
 
 def load_once(job:Job) -> tuple:
@@ -169,14 +173,14 @@ def stream_one(job:Job) -> Path:
     write_trace(trace, job.path)
     return job.path
 
-# %% ../nbs/12_split.ipynb #9101d07e
+# %% ../nbs/12_split.ipynb #f48cd715
 def start_worker():
     "One thread per process; and a watch that ends the process when its parent was killed, and could not say goodbye."
     torch.set_num_threads(1)
     def watch(): parent_process().join(); os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/12_split.ipynb #b1fb2f81
+# %% ../nbs/12_split.ipynb #a6bc0c6f
 def processes():
     "The way in which worker processes start."
     if 'forkserver' not in get_all_start_methods(): return get_context('spawn')
@@ -184,7 +188,7 @@ def processes():
     context.set_forkserver_preload(['dst_smolvlm.dataset', 'dst_smolvlm.stream'])
     return context
 
-# %% ../nbs/12_split.ipynb #f6e85f94
+# %% ../nbs/12_split.ipynb #353721df
 def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> dict:
     "Stream all `jobs`, in `workers` processes; → by the number of the job the path of its trace, or the `InputError` that it ended with."
     done = {i: job.path for i, job in jobs.items() if is_done(job)}                # no process need start for these
@@ -205,7 +209,7 @@ def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> 
             except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
     return done
 
-# %% ../nbs/12_split.ipynb #641e510d
+# %% ../nbs/12_split.ipynb #b34e5096
 def count_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -213,13 +217,17 @@ def count_cores() -> int:
 def join_ranks() -> PartialState:
     "The processes that were launched together, this one among them; raises `InputError` if not all of them joined."
     asked = int(os.environ.get('WORLD_SIZE', 1))
-    state = PartialState(**(dict(timeout=timedelta(days=30)) if asked > 1 else {}))
+    if 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
+        raise InputError('launched for several processes (MASTER_ADDR is set), but only one has started: accelerate does so for MULTI_CPU '
+                         'and --cpu; use conf/accelerate/cpu2.yaml, or unset MASTER_ADDR')
+    on_cpu = not torch.cuda.is_available() or os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
+    state = PartialState(**(dict(cpu=on_cpu, timeout=timedelta(days=30)) if asked > 1 else {}))
     if state.num_processes != asked:
-        raise InputError(f'{asked} processes were launched, but accelerate joined {state.num_processes}: on CPUs set '
-                         'ACCELERATE_USE_CPU=true and launch with `accelerate launch --config_file`, or with torchrun')
+        raise InputError(f'{asked} processes were launched, but accelerate joined {state.num_processes}: launch with '
+                         '`accelerate launch --config_file`, or with torchrun')
     return state
 
-# %% ../nbs/12_split.ipynb #bb592f7b
+# %% ../nbs/12_split.ipynb #0db81d64
 @dataclass(frozen=True)
 class TraceFiles(Sequence):
     "Traces that lie on disk."
@@ -227,7 +235,7 @@ class TraceFiles(Sequence):
     def __len__(self): return len(self.paths)
     def __getitem__(self, i) -> Trace: return read_trace(self.paths[i])
 
-# %% ../nbs/12_split.ipynb #99133dee
+# %% ../nbs/12_split.ipynb #6a1a2e6a
 def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None) -> dict[str, TraceFiles]:
     """Stream every scene in every variant, resuming what is there; → traces by the variant's name. `thresholds` {speak, update} are by
     the variant's name too. Raises `InputError` if any video failed."""

@@ -105,6 +105,19 @@ def test_a_bad_value_for_training(refused, override, words): refused(train, [*TR
     ('eval.device=abacus', ['eval.device=abacus', 'not there']),
     ('eval.dtype=int8', ['eval.dtype=int8', 'bfloat16']),
     ('+eval.filter.bgin=1', ['eval.filter.bgin', 'no such option']),
+    ('eval.strategies.drop_evrything={}', ['eval.strategies.drop_evrything', 'no such strategy', 'drop_all']),
+    ('eval.strategies.drop_all.num_frames=3', ['num_frames', 'drop_all has no such option']),
+    ('eval.checkpoints.other=nowhere', ['eval.checkpoints.other=nowhere', 'no checkpoint there']),
+    ('eval.checkpoints.model=small', ['eval.checkpoints', 'model: not a name of its own']),
+    ('eval.predictions.other=nowhere.jsonl', ['nowhere.jsonl', 'No such file']),
+    ('eval.predictions.oracle=small', ['eval.predictions.oracle', 'already']),
+    ('eval.weights.update_f1=-1', ['eval.weights.update_f1=-1', 'at least 0']),
+    ('+eval.weights.fame=1', ['eval.weights.fame', 'no such score']),
+    ('eval.window=[2,1]', ['eval.window=[2, 1]', 'seconds']),
+    ('eval.window=holoassist', ['eval.window=holoassist', 'seconds']),
+    ('eval.tolerance_s=-1', ['eval.tolerance_s=-1', 'at least 0']),
+    ('eval.bootstrap=-5', ['eval.bootstrap=-5', 'at least 0']),
+    ('eval.encoder=./nowhere', ['eval.encoder=./nowhere']),
 ])
 def test_a_bad_value_for_evaluation(refused, override, words): refused(evaluate, [*EVALUATE, override], *words)
 

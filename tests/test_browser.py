@@ -1,4 +1,4 @@
-"""The timeline widget works where it is used: in JupyterLab, in a browser."""
+"""What is made for a browser works in one: the timeline widget in JupyterLab, the report at the width of a desk and of a phone."""
 import json, os, secrets, shutil, socket, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -6,6 +6,9 @@ from urllib.request import urlopen
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
+
+from dst_smolvlm import evaluate
+from dst_smolvlm.model import build_tiny, save_model
 
 root = Path(__file__).parent.parent
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -98,4 +101,32 @@ def test_timeline_widget_moves(tmp_path):
         expect(clock).to_contain_text('frame 0 of')
         play.click()
         expect(clock).not_to_contain_text('frame 0 of')
+        browser.close()
+
+
+def test_the_report_on_a_desk_and_on_a_phone(tmp_path):
+    "It asks nobody for anything, the page never scrolls sideways, and its tables do only where they must, with the names of the rows in view."
+    save_model(*build_tiny(), tmp_path/'checkpoint')
+    evaluate.main(['data=toy', 'data.validation_videos=1', 'data.test_videos=2', 'eval.max_reply_tokens=2', 'eval.controls=1', 'eval.pictures=1',
+                   'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1', f'output_dir={tmp_path}'])
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=chromium_args)
+        for width in (1280, 390):
+            page, asked, complaints = browser.new_page(viewport=dict(width=width, height=844)), [], []
+            page.on('request', lambda r: asked.append(r.url))
+            page.on('console', lambda m: complaints.append(m.text))
+            page.goto((tmp_path/'report.html').as_uri())
+            assert [u for u in asked if not u.startswith(('data:', 'file:'))] == [] and complaints == []
+            assert page.evaluate('document.documentElement.scrollWidth') <= width
+            assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 100 && i.getBoundingClientRect().right <= innerWidth)")
+            names = page.locator('tbody tr:not(.group) td:first-child')
+            lines = names.evaluate_all("cells => cells.map(c => c.getBoundingClientRect().height/parseFloat(getComputedStyle(c).lineHeight))")
+            assert len(lines) > 50 and max(lines) < 4.5, 'the name of a row is broken to pieces'
+            first = page.locator('.wide').first
+            if width < 600:
+                first.evaluate('t => t.scrollLeft = 10000')
+                assert first.evaluate('t => t.scrollLeft') > 50
+                assert names.first.bounding_box()['x'] >= 0, 'the name of the row went out of view'
+            else: assert first.evaluate('t => t.scrollWidth - t.clientWidth') < 2
+            page.screenshot(path=tmp_path/f'report_{width}.png')
         browser.close()

@@ -173,7 +173,8 @@ def test_another_configuration_never_inherits_a_checkpoint(whole, tmp_path):
 def test_evaluation_killed_while_it_streams(whole, tmp_path):
     "What was streamed stays and is not streamed again, the scores are the same, and no worker outlives the command."
     argv = ['data=toy', 'data.validation_videos=1', 'data.test_videos=2', 'context_strategy=drop_all', 'eval=dst_strategy',
-            'eval.split=test', 'eval.max_reply_tokens=2', 'eval.controls=false', 'eval.pictures=1', f'eval.checkpoint={whole/"checkpoint"}']
+            'eval.split=test', 'eval.max_reply_tokens=2', 'eval.controls=false', 'eval.pictures=1', f'eval.checkpoint={whole/"checkpoint"}',
+            'eval.strategies=null', 'eval.encoder=words', 'eval.bootstrap=20']
     traces = lambda out: {p.relative_to(out): p.stat().st_mtime_ns for p in sorted(Path(out).rglob('traces/*/*/*.json'))}
 
     killed = processes.start(tmp_path/'log', evaluate.main, [*argv, 'eval.workers=2', f'output_dir={tmp_path/"out"}'], daemon=False)
@@ -192,4 +193,6 @@ def test_evaluation_killed_while_it_streams(whole, tmp_path):
     after = traces(tmp_path/'out')
     assert len(after) == 5 and before.items() <= after.items()
     rows = [json.loads((tmp_path/name/'scores.json').read_text())['rows'] for name in ('out', 'undisturbed')]
-    assert rows[0] == rows[1]
+    timed = ('ready', 'pauc', 'timing', 'intervals', 'counts')                # depend on how long the machine took
+    timeless = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in some] for some in rows]
+    assert timeless[0] == timeless[1] and timeless[0][0]['joint_goal_accuracy'] is not None

@@ -1,0 +1,133 @@
+"""The evaluation command as a whole: shared among processes, deaf to the test split's truth, fed with what other systems wrote."""
+import json
+from pathlib import Path
+
+import pytest
+
+import processes
+from dst_smolvlm import evaluate
+from dst_smolvlm.compare import make_row, tally_all
+from dst_smolvlm.config import compose_config
+from dst_smolvlm.dataset import load_scenes
+from dst_smolvlm.model import build_tiny, save_model
+from dst_smolvlm.trace import oracle_trace
+
+COMMON = ['data=toy', 'data.validation_videos=1', 'data.test_videos=3', 'eval.max_reply_tokens=2', 'eval.controls=1', 'eval.pictures=0',
+          'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1', 'eval.perplexity=false']
+TIMED = ('ready', 'pauc', 'timing', 'intervals', 'counts')           # depend on how long the machine took, or are made of what does
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    model, layout = build_tiny()
+    return save_model(model, layout, tmp_path_factory.mktemp('model')/'checkpoint')
+
+
+def scores(folder): return json.loads((Path(folder)/'scores.json').read_text())
+def timeless(row): return {k: v for k, v in row.items() if not k.startswith(TIMED)}
+def traces(folder): return {p.relative_to(folder): p.stat().st_mtime_ns for p in sorted(Path(folder).rglob('traces/*/*/*.json'))}
+
+
+def test_two_processes_are_one(checkpoint, tmp_path):
+    "Two ranks stream each video once, and score what one process scores; run again they stream nothing."
+    argv = [*COMMON, f'eval.checkpoint={checkpoint}']
+    evaluate.main([*argv, f'output_dir={tmp_path/"one"}'])
+    for run in range(2):
+        status = processes.run(tmp_path/'log', evaluate.main, [*argv, f'output_dir={tmp_path/"two"}'], ranks=2, daemon=False,
+                               env=dict(ACCELERATE_USE_CPU='true'))
+        logs = [(tmp_path/f'log{rank}').read_text() for rank in range(2)]
+        assert status == [0, 0], logs
+        assert 'speaking F1' in logs[0] and 'speaking F1' not in logs[1], 'one process tells'
+        if not run: before = traces(tmp_path/'two')
+    assert traces(tmp_path/'two') == before and list(before) == list(traces(tmp_path/'one'))
+    one, two = scores(tmp_path/'one'), scores(tmp_path/'two')
+    assert [timeless(r) for r in one['rows']] == [timeless(r) for r in two['rows']]
+    assert one['meta']['thresholds'] == two['meta']['thresholds']
+
+
+def test_a_failed_video_ends_both_processes(checkpoint, tmp_path):
+    "No rank waits for ever for one that gave up, and what could be streamed is kept."
+    argv = [*COMMON, f'eval.checkpoint={checkpoint}', 'context_strategy.max_seq_len=420', f'output_dir={tmp_path/"out"}', 'eval.strategies=null']
+    status = processes.run(tmp_path/'log', evaluate.main, argv, ranks=2, daemon=False, env=dict(ACCELERATE_USE_CPU='true'))
+    logs = [(tmp_path/f'log{rank}').read_text() for rank in range(2)]
+    assert status == [2, 2] and all('streams failed, the others are kept' in log for log in logs), logs
+    assert not (tmp_path/'out'/'scores.json').exists()
+
+
+def test_too_few_processes_are_refused(checkpoint, tmp_path):
+    "accelerate would run one process where two were launched, without a word."
+    argv = [*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}']
+    status = processes.run(tmp_path/'log', evaluate.main, argv, env=dict(MASTER_ADDR='127.0.0.1'))
+    assert status == 2 and 'only one has started' in (tmp_path/'log').read_text()
+
+
+class Spoiled:
+    "A scene whose truth is another."
+    def __init__(self, scene): self.scene = scene
+    def __getattr__(self, name): return getattr(self.scene, name)
+    @property
+    def record(self):
+        r = self.scene.record
+        return r.model_copy(update=dict(steps=[s.model_copy(update=dict(spans=[(1., 2.)])) for s in r.steps],
+                                        turns=[t if t.role == 'user' else t.model_copy(update=dict(content='CANARY')) for t in r.turns]))
+
+
+def test_the_truth_of_the_test_split_reaches_nothing_but_the_scores(checkpoint, tmp_path, monkeypatch):
+    "With another truth for the test videos: the same thresholds, the same decisions, the same words; other scores."
+    argv, load = [*COMMON, f'eval.checkpoint={checkpoint}'], evaluate.load_scenes
+    evaluate.main([*argv, f'output_dir={tmp_path/"honest"}'])
+    monkeypatch.setattr(evaluate, 'load_scenes', lambda cfg, split: [Spoiled(s) for s in load(cfg, split)] if split == 'test' else load(cfg, split))
+    evaluate.main([*argv, f'output_dir={tmp_path/"spoiled"}'])
+    honest, spoiled = scores(tmp_path/'honest'), scores(tmp_path/'spoiled')
+    assert honest['meta']['thresholds'] == spoiled['meta']['thresholds']
+    for path in traces(tmp_path/'honest'):
+        a, b = (json.loads((tmp_path/name/path).read_text())['frames'] for name in ('honest', 'spoiled'))
+        told = lambda frames: [{k: v for k, v in f.items() if not k.endswith('_ms')} for f in frames]
+        assert told(a) == told(b), path
+    assert honest['rows'][0]['joint_goal_accuracy'] != spoiled['rows'][0]['joint_goal_accuracy']
+    assert 'CANARY' not in ''.join(p.read_text() for p in tmp_path.rglob('traces/*/*/*.json'))
+
+
+def other_system(path, records, change=lambda row, k: row):
+    rows = [dict(video_uid=t.video_uid, time=f.time, text=f.text, states=f.state) for t in map(oracle_trace, records) for f in t.frames]
+    path.write_text('\n'.join(json.dumps(change(row, k)) for k, row in enumerate(rows)))
+
+
+def test_another_system_stands_in_the_same_table(tmp_path):
+    "The oracle's answers as a file are the oracle, beside one that says nothing of two videos; no checkpoint is needed."
+    records = [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(3)]
+    other_system(tmp_path/'best.jsonl', records)
+    other_system(tmp_path/'lazy.jsonl', records[:1])
+    evaluate.main([*COMMON, f'output_dir={tmp_path/"out"}', f'eval.predictions.best={tmp_path/"best.jsonl"}', f'eval.predictions.lazy={tmp_path/"lazy.jsonl"}'])
+    rows = {r['name']: r for r in scores(tmp_path/'out')['rows']}
+    oracle, best, lazy = (timeless(rows[name]) for name in ('oracle', 'best', 'lazy'))
+    for row in (oracle, best, lazy): row.pop('name'), row.pop('kind'), row.pop('what')
+    assert best == oracle and best['score'] == 1.
+    assert lazy['speaking_precision'] == 1. and lazy['speaking_recall'] < .6 and 'nothing for 2 videos' in rows['lazy']['what']
+
+
+def test_what_is_wrong_in_a_file_is_listed_and_the_rest_is_scored(tmp_path):
+    "NaN, another video, times outside, twice the same frame, an empty text: by file, line and field; in the report, on the terminal and in the scores."
+    records = [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(3)]
+    begins = oracle_trace(records[0]).update_frames()[0]                     # what the line of this frame says is not said by another
+    assert begins > 2
+    spoil = {begins: dict(speak_prob=float('nan')), begins + 2: dict(video_uid='toy-train-0-00000'), begins + 4: dict(time=1e6),
+             begins + 6: dict(time=1.), begins + 8: dict(text=' ')}
+    other_system(tmp_path/'other.jsonl', records, lambda row, k: row | spoil.get(k, {}))
+    evaluate.main([*COMMON, f'output_dir={tmp_path/"out"}', f'eval.predictions.other={tmp_path/"other.jsonl"}'])
+    found, page = scores(tmp_path/'out'), (tmp_path/'out'/'report.html').read_text()
+    assert [(p['record'], p['field']) for p in found['problems']] == [
+        (f'line {begins + n}', field) for n, field in ((1, 'speak_prob'), (3, 'video_uid'), (5, 'time'), (7, 'states'), (9, 'text'))]
+    assert all(f'line {begins + n}' in page for n in (1, 3, 5, 7, 9))
+    assert .5 < next(r for r in found['rows'] if r['name'] == 'other')['joint_goal_accuracy'] < 1.
+
+
+def test_nothing_is_zero_that_is_undefined(tmp_path):
+    "Records without a word: every score about speech is null with its reason, in every row, and the report is written."
+    cfg = compose_config(COMMON)
+    silent = [load_scenes(cfg.data, 'test')[i].record.model_copy(update=dict(turns=[])) for i in range(3)]
+    row = make_row('oracle', 'baseline', '', tally_all(map(oracle_trace, silent), silent), dict(speaking_f1=1, joint_goal_accuracy=1))
+    for key in ('speaking_f1', 'speaking_recall', 'reply_f1', 'pauc', 'response_names_step', 'score', 'speaking_ap'):
+        assert row[key] is None and row['undefined'][key], key
+    assert row['joint_goal_accuracy'] == 1. and all(row[k] is None for k in row['undefined'])
+
