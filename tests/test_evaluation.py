@@ -47,7 +47,8 @@ def test_two_processes_are_one(checkpoint, tmp_path):
 
 def test_a_failed_video_ends_both_processes(checkpoint, tmp_path):
     "No rank waits for ever for one that gave up, and what could be streamed is kept."
-    argv = [*COMMON, f'eval.checkpoint={checkpoint}', 'context_strategy.max_seq_len=420', f'output_dir={tmp_path/"out"}', 'eval.strategies=null']
+    argv = [*COMMON, f'eval.checkpoint={checkpoint}', 'context_strategy.max_seq_len=420', f'output_dir={tmp_path/"out"}',
+            'eval.strategies=null']
     status = processes.run(tmp_path/'log', evaluate.main, argv, ranks=2, daemon=False, env=dict(ACCELERATE_USE_CPU='true'))
     logs = [(tmp_path/f'log{rank}').read_text() for rank in range(2)]
     assert status == [2, 2] and all('streams failed, the others are kept' in log for log in logs), logs
@@ -76,7 +77,8 @@ def test_the_truth_of_the_test_split_reaches_nothing_but_the_scores(checkpoint, 
     "With another truth for the test videos: the same thresholds, the same decisions, the same words; other scores."
     argv, load = [*COMMON, f'eval.checkpoint={checkpoint}'], evaluate.load_scenes
     evaluate.main([*argv, f'output_dir={tmp_path/"honest"}'])
-    monkeypatch.setattr(evaluate, 'load_scenes', lambda cfg, split: [Spoiled(s) for s in load(cfg, split)] if split == 'test' else load(cfg, split))
+    spoil = lambda cfg, split: [Spoiled(s) for s in load(cfg, split)] if split == 'test' else load(cfg, split)
+    monkeypatch.setattr(evaluate, 'load_scenes', spoil)
     evaluate.main([*argv, f'output_dir={tmp_path/"spoiled"}'])
     honest, spoiled = scores(tmp_path/'honest'), scores(tmp_path/'spoiled')
     assert honest['meta']['thresholds'] == spoiled['meta']['thresholds']
@@ -98,7 +100,8 @@ def test_another_system_stands_in_the_same_table(tmp_path):
     records = [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(3)]
     other_system(tmp_path/'best.jsonl', records)
     other_system(tmp_path/'lazy.jsonl', records[:1])
-    evaluate.main([*COMMON, f'output_dir={tmp_path/"out"}', f'eval.predictions.best={tmp_path/"best.jsonl"}', f'eval.predictions.lazy={tmp_path/"lazy.jsonl"}'])
+    given = [f'eval.predictions.{name}={tmp_path/name}.jsonl' for name in ('best', 'lazy')]
+    evaluate.main([*COMMON, f'output_dir={tmp_path/"out"}', *given])
     rows = {r['name']: r for r in scores(tmp_path/'out')['rows']}
     oracle, best, lazy = (timeless(rows[name]) for name in ('oracle', 'best', 'lazy'))
     for row in (oracle, best, lazy): row.pop('name'), row.pop('kind'), row.pop('what')
@@ -107,7 +110,7 @@ def test_another_system_stands_in_the_same_table(tmp_path):
 
 
 def test_what_is_wrong_in_a_file_is_listed_and_the_rest_is_scored(tmp_path):
-    "NaN, another video, times outside, twice the same frame, an empty text: by file, line and field; in the report, on the terminal and in the scores."
+    "NaN, another video, times outside, twice the same frame, an empty text: by file, line and field, in the report and in the scores."
     records = [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(3)]
     begins = oracle_trace(records[0]).update_frames()[0]                     # what the line of this frame says is not said by another
     assert begins > 2
