@@ -37,7 +37,8 @@ def make_video(k:int, minutes:float) -> tuple:
     speech = {near(f): text if rng.random() < .7 else says() for f, text in reference_speech(record).items() if rng.random() < .9}
     trace = trace_from_states(record, states, speech, model='bench')
     noise = rng.uniform(0, .4, (2, len(trace.frames)))
-    soft = lambda f, a, b: dict(speak_prob=min(1., f.speak_prob*.6 + a), update_prob=min(1., f.update_prob*.6 + b), latency_ms=20., decision_ms=15.)
+    soft = lambda f, a, b: dict(speak_prob=min(1., f.speak_prob*.6 + a), update_prob=min(1., f.update_prob*.6 + b), latency_ms=20.,
+                                decision_ms=15.)
     frames = [TraceFrame(**f.model_dump() | soft(f, a, b)) for f, a, b in zip(trace.frames, *noise)]
     return record, trace.model_copy(update=dict(frames=frames))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINES', 'listed_order', 'rename_steps', 'baseline_trace', 'OraclePlayer', 'stream_oracle']
 
-# %% ../nbs/13_baselines.ipynb #65eadbac
+# %% ../nbs/13_baselines.ipynb #bcc644b3
 import zlib
 
 import numpy as np
@@ -17,12 +17,12 @@ from .state import IN_PROGRESS, state_changes
 from .stream import stream_record
 from .trace import Trace, oracle_trace, reference_speech, trace_from_states
 
-# %% ../nbs/13_baselines.ipynb #5ca3836b
+# %% ../nbs/13_baselines.ipynb #4fe1d03e
 def listed_order(states: np.ndarray) -> np.ndarray:
     "The same number of steps in each state at each frame, but in listed order."
     return -np.sort(-np.asarray(states), axis=1)   # [T, S]
 
-# %% ../nbs/13_baselines.ipynb #2003bdee
+# %% ../nbs/13_baselines.ipynb #7b1b48ec
 def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: np.ndarray) -> str:
     "`text` with each named step replaced by the step that is believed to be in its true state ([S] each)."
     def other(match):
@@ -32,7 +32,7 @@ def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: n
         return match[0] if k == step else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
     return names_pattern(tuple(step_names)).sub(other, text)
 
-# %% ../nbs/13_baselines.ipynb #651e8a18
+# %% ../nbs/13_baselines.ipynb #21498744
 BASELINES = dict(
     oracle='the reference itself',
     always_silent='never speaks, never updates',
@@ -66,7 +66,7 @@ def baseline_trace(
     else: raise InputError(f"{name}: no such baseline; there are {', '.join(BASELINES)}")
     return trace_from_states(record, states, speech, updates, model=name, fps=fps)
 
-# %% ../nbs/13_baselines.ipynb #5e7f02d6
+# %% ../nbs/13_baselines.ipynb #3628095d
 class OraclePlayer:
     "A model that reads what any other reads, and answers with the truth of one record; for a stream without a filter."
     def __init__(self, model, layout, record:VideoRecord):
@@ -76,11 +76,12 @@ class OraclePlayer:
 
     def __getattr__(self, name): return getattr(self.model, name)
 
-    def decision(self, frame:int) -> tuple:
-        "(P(speak), P(update), P(state) [S, 3], P(pointer) [S+1]) at a frame."
+    def decision(self, frame:int, told) -> tuple:
+        "(P(speak), P(update), P(state) [S, 3], P(pointer) [S+1]) at a frame at which the state `told` is [S]."
         active = np.append(self.states[frame] == IN_PROGRESS, False).astype(float)
         active[-1] = not active.any()
-        return float(frame in self.speech), float(frame in self.updates), np.eye(3)[self.states[frame]], active/active.sum()
+        update = frame in self.updates or (told != self.states[frame]).any()
+        return float(frame in self.speech), float(update), np.eye(3)[self.states[frame]], active/active.sum()
 
     def reply(self, frame:int) -> str: return self.speech.get(frame, '')
 
@@ -91,7 +92,8 @@ class OraclePlayer:
         for ask in asks:
             frame, kind = ask.memory.frame, ask.memory.segments[-1].kind
             if ask.what == 'decision': self.words = iter(layout.assistant(self.reply(frame)))
-            answers.append(self.decision(frame) if ask.what == 'decision' else next(self.words) if kind == 'assistant' else layout.end_id)
+            if ask.what == 'decision': answers.append(self.decision(frame, ask.memory.told))
+            else: answers.append(next(self.words) if kind == 'assistant' else layout.end_id)              # a summary is empty
         return answers
 
 def stream_oracle(model, layout, record:VideoRecord, frames, **options) -> Trace:

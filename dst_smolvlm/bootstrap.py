@@ -6,7 +6,7 @@
 __all__ = ['ONE_VIDEO', 'VERDICTS', 'resample', 'bootstrap_scores', 'interval', 'Estimate', 'score_intervals', 'Difference',
            'compare']
 
-# %% ../nbs/12_resampling.ipynb #9040999a
+# %% ../nbs/12_resampling.ipynb #af581e8c
 from collections import Counter
 from typing import Callable, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import InputError
 
-# %% ../nbs/12_resampling.ipynb #b1ab240a
+# %% ../nbs/12_resampling.ipynb #4bd8decc
 def resample(
     n_videos: int,
     draws: int=1000,    # enough for the ends of a 95 % interval; they are the 25th and the 975th
@@ -24,7 +24,7 @@ def resample(
     if n_videos < 1: raise InputError('resample: there are no videos; score at least one')
     return np.random.default_rng(seed).multinomial(n_videos, np.full(n_videos, 1/n_videos), size=draws)
 
-# %% ../nbs/12_resampling.ipynb #217c72e8
+# %% ../nbs/12_resampling.ipynb #da8a095b
 def bootstrap_scores(
     counts: list[Counter],                               # of each video
     score: Callable[[Counter], dict[str, float|None]],   # of added counts; entries that are no numbers are left out
@@ -40,7 +40,7 @@ def bootstrap_scores(
     names = [k for k, v in rows[0].items() if v is None or isinstance(v, (int, float))] if rows else []
     return {k: np.array([np.nan if r[k] is None else r[k] for r in rows], dtype=float) for k in names}
 
-# %% ../nbs/12_resampling.ipynb #80dc60c1
+# %% ../nbs/12_resampling.ipynb #3c041735
 def interval(samples: np.ndarray, level: float=.95) -> tuple[float, float]|None:
     "The percentile interval of samples [B]; None if more than 5 % of them are undefined (NaN), or there are none."
     samples = np.asarray(samples, dtype=float)
@@ -48,7 +48,7 @@ def interval(samples: np.ndarray, level: float=.95) -> tuple[float, float]|None:
     if not len(known) or len(known) < .95*len(samples): return None
     return tuple(float(x) for x in np.quantile(known, [(1 - level)/2, (1 + level)/2]))
 
-# %% ../nbs/12_resampling.ipynb #1009f06f
+# %% ../nbs/12_resampling.ipynb #3aed3996
 class Estimate(NamedTuple):
     "A score with its interval; where there is none, `why`."
     value: float|None
@@ -71,7 +71,7 @@ def score_intervals(counts: list[Counter], score: Callable, weights: np.ndarray,
     once = bootstrap_scores(counts, score, np.ones((1, len(counts)), int))
     return {k: _estimate(None if np.isnan(once[k][0]) else float(once[k][0]), v, len(counts), level) for k, v in samples.items()}
 
-# %% ../nbs/12_resampling.ipynb #a61cb78c
+# %% ../nbs/12_resampling.ipynb #09ae358e
 class Difference(NamedTuple):
     "A row minus another, with its interval, and what it shows; `why` there is no interval."
     value: float|None

@@ -6,19 +6,19 @@
 __all__ = ['WINDOWS', 'ratio', 'match_events', 'PRF', 'event_prf', 'window_of', 'word_similarity', 'pairing_cost', 'Pair',
            'Matching', 'match_predictions', 'count_matching', 'score_matching', 'speaking_metrics']
 
-# %% ../nbs/12_matching.ipynb #e7cc5d8c
+# %% ../nbs/12_matching.ipynb #8a012556
 from collections import Counter
 from typing import Callable, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-# %% ../nbs/12_matching.ipynb #87d17b75
+# %% ../nbs/12_matching.ipynb #86641452
 def ratio(right: float, total: float) -> float|None:
     "`right/total`, or None if there was nothing to judge."
     return right/total if total else None
 
-# %% ../nbs/12_matching.ipynb #6a5869f0
+# %% ../nbs/12_matching.ipynb #688b70e0
 def match_events(
     pred_frames,            # frames of the decisions
     ref_frames,             # frames of the true events
@@ -31,7 +31,7 @@ def match_events(
     rows, cols = linear_sum_assignment(np.where(distance <= tolerance_frames, distance, forbidden))
     return [(i, j) for i, j in zip(rows.tolist(), cols.tolist()) if distance[i, j] <= tolerance_frames]
 
-# %% ../nbs/12_matching.ipynb #b5ee493e
+# %% ../nbs/12_matching.ipynb #8879e014
 class PRF(NamedTuple):
     "Precision, recall and F1 with the counts they come from; None where undefined."
     precision: float|None
@@ -44,13 +44,13 @@ class PRF(NamedTuple):
     def from_counts(cls, tp: int, fp: int, fn: int) -> 'PRF':
         return cls(ratio(tp, tp+fp), ratio(tp, tp+fn), ratio(2*tp, 2*tp+fp+fn), tp, fp, fn)
 
-# %% ../nbs/12_matching.ipynb #edd3ecf5
+# %% ../nbs/12_matching.ipynb #7604bd1c
 def event_prf(pred_frames, ref_frames, tolerance_frames: int) -> PRF:
     "How well decisions meet true events, one to one within ±`tolerance_frames`."
     tp = len(match_events(pred_frames, ref_frames, tolerance_frames))
     return PRF.from_counts(tp, len(pred_frames) - tp, len(ref_frames) - tp)
 
-# %% ../nbs/12_matching.ipynb #05394a3d
+# %% ../nbs/12_matching.ipynb #94bc1ab6
 WINDOWS = {'narration': (-2.5, 2.5), 'ego4d': (-4, 8.5), 'epickitchens': (-1.5, 3), 'holoassist': (-1.5, 2.5),
            'egoexolearn': (-2, 3.5), 'assembly101': (-2, 4), 'wtag': (-3, 6)}   # seconds, reference minus prediction
 
@@ -59,14 +59,14 @@ def window_of(dataset: str) -> tuple[float, float]:
     name = ''.join(c for c in dataset.lower() if c.isalnum())
     return next((window for known, window in WINDOWS.items() if name.startswith(known)), WINDOWS['holoassist'])
 
-# %% ../nbs/12_matching.ipynb #1c644088
+# %% ../nbs/12_matching.ipynb #bba9fa90
 def word_similarity(a: str, b: str) -> float:
     "Cosine between the word counts of two texts: 1 for the same words, 0 for no word in common or no words at all."
     a, b = Counter(a.lower().split()), Counter(b.lower().split())
     norm = (sum(n*n for n in a.values())*sum(n*n for n in b.values()))**.5
     return (1. if a == b else sum(n*b[w] for w, n in a.items())/norm) if norm else 0.
 
-# %% ../nbs/12_matching.ipynb #f565e4ce
+# %% ../nbs/12_matching.ipynb #1a844396
 def pairing_cost(
     gen: dict[int, str],        # frame → what was said, only the frames to be placed
     ref: dict[int, str],        # frame → what should have been said
@@ -85,7 +85,7 @@ def pairing_cost(
     cost = 1 - abs(sim) + dist_factor*(abs(shift)/max(-left, right, 1))**dist_power
     return np.where(inside, cost, np.inf), sim
 
-# %% ../nbs/12_matching.ipynb #fb2f765e
+# %% ../nbs/12_matching.ipynb #192d7972
 class Pair(NamedTuple):
     "A reply and the reference turn it was matched with."
     pred: int            # frame
@@ -100,7 +100,7 @@ class Matching(NamedTuple):
     redundant: list[int]  # reply frames without a reference
     fps: float
 
-# %% ../nbs/12_matching.ipynb #87d57b3c
+# %% ../nbs/12_matching.ipynb #ec98a91c
 def match_predictions(
     gen: dict[int, str],                    # frame → what was said
     ref: dict[int, str],                    # frame → what should have been said
@@ -122,7 +122,7 @@ def match_predictions(
     preds, refs = {p.pred for p in pairs}, {p.ref for p in pairs}
     return Matching(pairs, sorted(set(ref) - refs), sorted(set(gen) - preds), fps)
 
-# %% ../nbs/12_matching.ipynb #04a81fbc
+# %% ../nbs/12_matching.ipynb #7010a498
 def count_matching(matching: Matching, threshold: float=.5) -> Counter:
     "What of one video's matching can be added to another's: pairs, how many are correct, how similar and how far apart these are."
     pairs = matching.pairs
@@ -140,7 +140,7 @@ def score_matching(counts: dict) -> dict[str, float|None]:
                 reply_semantic_score=ratio(counts['reply_similarity'], counts['reply_similar']),
                 reply_time_diff=ratio(counts['reply_distance_s'], C))
 
-# %% ../nbs/12_matching.ipynb #b4728a62
+# %% ../nbs/12_matching.ipynb #6527210a
 def speaking_metrics(*matchings: Matching, threshold: float=.5) -> dict[str, float|int|None]:
     "ProAssist's measures of speech, pooled over the videos' `matchings`, as its code returns them; None where a rate is undefined."
     counts = Counter(dict.fromkeys(count_matching(Matching([], [], [], 1.)), 0))

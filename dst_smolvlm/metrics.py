@@ -6,7 +6,7 @@
 __all__ = ['EVENTS', 'WHY_UNDEFINED', 'names_pattern', 'named_steps', 'response_names_step', 'Language', 'count_speech',
            'count_belief', 'count_trace', 'about', 'score_counts', 'check_pairs', 'add_counts', 'score_traces']
 
-# %% ../nbs/12_metrics.ipynb #e46be8cb
+# %% ../nbs/12_metrics.ipynb #3259bbe0
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from .state_metrics import count_states, score_states
 from .timing import count_timeliness, ready_spoken, score_timeliness
 from .trace import Trace, reference_speech
 
-# %% ../nbs/12_metrics.ipynb #c2cd7a2c
+# %% ../nbs/12_metrics.ipynb #ab1d9cd8
 _key = lambda name: ' '.join(name.lower().split()).strip(' .')
 
 @lru_cache(256)
@@ -35,13 +35,13 @@ def names_pattern(step_names: tuple[str, ...]) -> re.Pattern:
     words = '|'.join(r'\s+'.join(map(re.escape, n.split())) for n in longest_first)
     return re.compile(rf'(?<!\w)(?:{words or "(?!)"})(?!\w)', re.IGNORECASE)
 
-# %% ../nbs/12_metrics.ipynb #164be233
+# %% ../nbs/12_metrics.ipynb #a0b41544
 def named_steps(text: str, step_names: list[str]) -> set[int]:
     "The steps whose name stands in `text`."
     found = {_key(m) for m in names_pattern(tuple(step_names)).findall(text)}
     return {k for k, name in enumerate(step_names) if _key(name) in found}
 
-# %% ../nbs/12_metrics.ipynb #8e576a66
+# %% ../nbs/12_metrics.ipynb #5efc013b
 def response_names_step(
     spoken: list[tuple[int, str]],            # (frame, text) of the replies
     reference_turns: list[tuple[int, str]],   # (frame, text) of what should have been said
@@ -54,7 +54,7 @@ def response_names_step(
     asked = {j: named for j, (_, text) in enumerate(reference_turns) if (named := named_steps(text, step_names))}
     return sum(reply.get(j) == named for j, named in asked.items()), len(asked)
 
-# %% ../nbs/12_metrics.ipynb #3d528154
+# %% ../nbs/12_metrics.ipynb #735a37be
 class Language(NamedTuple):
     "How words are compared: the similarity of two texts in [-1, 1], its name, and the `Idf` of the references (None: words get no scores)."
     similarity: Callable[[str, str], float] = word_similarity
@@ -82,7 +82,7 @@ def count_speech(trace: Trace, record: VideoRecord, tolerance_frames: int, windo
 
 def _prf_counts(name: str, prf: PRF) -> dict: return {f'{name}_{k}': getattr(prf, k) for k in ('tp', 'fp', 'fn')}
 
-# %% ../nbs/12_metrics.ipynb #74302301
+# %% ../nbs/12_metrics.ipynb #13ea3c88
 def count_belief(trace: Trace, true: np.ndarray, tolerance_frames: int) -> Counter:
     "What there is to count of the states and of the update decisions of one video, whose true states are [T, S]."
     T, pred = len(true), np.full_like(true, -1)                                    # -1: never right
@@ -92,7 +92,7 @@ def count_belief(trace: Trace, true: np.ndarray, tolerance_frames: int) -> Count
     counts.update(_prf_counts('state_change', event_prf(list(state_changes(trace.states[:T])), changes, tolerance_frames)))
     return counts
 
-# %% ../nbs/12_metrics.ipynb #26338880
+# %% ../nbs/12_metrics.ipynb #015755d7
 def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window=None, language: Language|None=None) -> Counter:
     """Everything that `score_counts` needs to know about one video. `tolerance_s` is for events, `window` (seconds, reference minus
     prediction; by default the dataset's) for replies with words. Raises `InputError` for a trace that does not fit the record."""
@@ -107,7 +107,7 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window
     counts.update({f'without_{what}': 1 for what in without})
     return counts
 
-# %% ../nbs/12_metrics.ipynb #a7951b43
+# %% ../nbs/12_metrics.ipynb #d872d26e
 EVENTS = dict(speaking=('nothing was said', 'nothing was to be said'), ready=('nothing was said', 'nothing was to be said'),
               update=('no update was decided', 'no state changes'), state_change=('the believed state never changes', 'no state changes'))
 WHY_UNDEFINED = {f'{event}_{measure}': why for event, (no_pred, no_ref) in EVENTS.items() for measure, why in
@@ -136,7 +136,7 @@ def score_counts(counts: Counter) -> dict:
     why = lambda k: f'no {about(k)} were given' if about(k) in lacks else WHY_UNDEFINED[k]
     return scores | dict(undefined={k: why(k) for k, v in scores.items() if v is None}, counts=dict(counts))
 
-# %% ../nbs/12_metrics.ipynb #de6b0734
+# %% ../nbs/12_metrics.ipynb #c102df0e
 def check_pairs(traces: list[str], records: list[str]):
     "Raises `InputError` unless there is exactly one trace for each record, by name."
     for uid in set(records) ^ set(traces):

@@ -7,7 +7,7 @@ __all__ = ['MODEL', 'HEAD_ONLY', 'CONTROLS', 'STREAMING_CODE', 'CODE', 'Variant'
            'code_hash', 'Job', 'strategy_of', 'costs', 'load_once', 'is_done', 'stream_one', 'start_worker',
            'processes', 'run_jobs', 'count_cores', 'join_ranks', 'TraceFiles', 'stream_scenes']
 
-# %% ../nbs/12_split.ipynb #f21476da
+# %% ../nbs/12_split.ipynb #061d16b4
 import hashlib, json, os, resource, threading, zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +31,7 @@ from .model import checkpoint_hash, load_pretrained
 from .stream import HonestClock, backbone_dtype, pick_device, prepare, runner_options, stream_record
 from .trace import Trace, read_trace, write_trace
 
-# %% ../nbs/12_split.ipynb #288fab5c
+# %% ../nbs/12_split.ipynb #4c2bcf42
 @dataclass(frozen=True)
 class Variant:
     "One way to stream a video; a row of the scores."
@@ -48,7 +48,7 @@ HEAD_ONLY = Variant('model_head_only', 'own feedback, head 4 alone', use_filter=
 CONTROLS = (Variant('control_grey', 'control: every frame is grey', control='grey', like='model'),
             Variant('control_permuted', 'control: the step lines are permuted', control='permuted', like='model'))
 
-# %% ../nbs/12_split.ipynb #9c740402
+# %% ../nbs/12_split.ipynb #b36fc629
 def other_strategy(name:str, given, main) -> dict:
     "The options of a context strategy that is compared with the `main` one: its own defaults, the main one's budget, and what is `given`."
     given = dict(given or {})
@@ -64,7 +64,8 @@ def other_strategy(name:str, given, main) -> dict:
 def variants_of(cfg) -> list[Variant]:
     "The variants that a configuration asks for, the main one first."
     about = lambda given: ''.join(f', {k} {v}' for k, v in (given or {}).items() if k != 'name')
-    others = [Variant(name, f'the model with context_strategy={dict(given or {}).get("name", name)}{about(given)}',
+    kind = lambda name, given: (given or {}).get('name', name)
+    others = [Variant(name, f'the model with context_strategy={kind(name, given)}{about(given)}',
                       strategy=other_strategy(name, given, cfg.context_strategy))
               for name, given in (cfg.eval.strategies or {}).items()]
     for name, path in (cfg.eval.checkpoints or {}).items():
@@ -77,7 +78,7 @@ def variants_of(cfg) -> list[Variant]:
             raise InputError(f'eval.strategies, eval.checkpoints: {name}: not a name of its own for a row')
     return variants
 
-# %% ../nbs/12_split.ipynb #06a027ea
+# %% ../nbs/12_split.ipynb #a11c1c99
 def controlled(variant:Variant, scene, seed:int=0):
     "The record and the frames that a variant streams: the scene's own, or spoiled ones."
     record, frames = scene.record, scene.frames()
@@ -89,9 +90,9 @@ def controlled(variant:Variant, scene, seed:int=0):
         record = record.model_copy(update={'steps': [s.model_copy(update={'name': name}) for s, name in zip(record.steps, names)]})
     return record, frames
 
-# %% ../nbs/12_split.ipynb #96da1be7
-STREAMING_CODE = ('budget', 'cache', 'filter', 'heads', 'int8', 'kv', 'log', 'model', 'prompt', 'render', 'runner', 'split', 'state', 'stream',
-                  'video', 'world')
+# %% ../nbs/12_split.ipynb #6225a136
+STREAMING_CODE = ('budget', 'cache', 'filter', 'heads', 'int8', 'kv', 'log', 'model', 'prompt', 'render', 'runner', 'split', 'state',
+                  'stream', 'video', 'world')
 
 def code_hash() -> str:
     "Short hash of the modules that decide what a stream looks like."
@@ -100,7 +101,7 @@ def code_hash() -> str:
 
 CODE = code_hash()             # of the code that this process has loaded, whatever becomes of the files
 
-# %% ../nbs/12_split.ipynb #101c763c
+# %% ../nbs/12_split.ipynb #d510f09e
 @dataclass(frozen=True)
 class Job:
     "One video in one variant: all that a worker process needs to know."
@@ -122,7 +123,7 @@ class Job:
                  pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.scene.fingerprint()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/12_split.ipynb #b16542c0
+# %% ../nbs/12_split.ipynb #a38d8983
 def strategy_of(job:Job, model, layout):
     "The context strategy of a job; a `window` is room for the prompt, twice its frames, and some words; beside what is reserved."
     options = dict(job.variant.strategy or job.cfg.context_strategy)
@@ -141,7 +142,7 @@ def costs(model) -> dict:
     most = torch.cuda.max_memory_allocated(model.device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
     return dict(cache_bytes_per_token=kept, peak_memory_bytes=most, device=torch.cuda.get_device_name(model.device) if on_gpu else 'cpu')
 
-# %% ../nbs/12_split.ipynb #b4bae720
+# %% ../nbs/12_split.ipynb #ffe4d6c3
 _loaded = {}                   # the last checkpoint of this process, by what it was loaded from
 
 def load_once(job:Job) -> tuple:
@@ -173,14 +174,14 @@ def stream_one(job:Job) -> Path:
     write_trace(trace, job.path)
     return job.path
 
-# %% ../nbs/12_split.ipynb #7784f510
+# %% ../nbs/12_split.ipynb #8d7e3bb4
 def start_worker():
     "One thread per process; and a watch that ends the process when its parent was killed, and could not say goodbye."
     torch.set_num_threads(1)
     def watch(): parent_process().join(); os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/12_split.ipynb #1eded735
+# %% ../nbs/12_split.ipynb #efe7e233
 def processes():
     "The way in which worker processes start."
     if 'forkserver' not in get_all_start_methods(): return get_context('spawn')
@@ -188,7 +189,7 @@ def processes():
     context.set_forkserver_preload(['dst_smolvlm.dataset', 'dst_smolvlm.stream'])
     return context
 
-# %% ../nbs/12_split.ipynb #3ed16f95
+# %% ../nbs/12_split.ipynb #4437c0dd
 def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> dict:
     "Stream all `jobs`, in `workers` processes; → by the number of the job the path of its trace, or the `InputError` that it ended with."
     done = {i: job.path for i, job in jobs.items() if is_done(job)}                # no process need start for these
@@ -209,7 +210,7 @@ def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> 
             except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
     return done
 
-# %% ../nbs/12_split.ipynb #1dfb8a95
+# %% ../nbs/12_split.ipynb #ab94ebfd
 def count_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -227,7 +228,7 @@ def join_ranks() -> PartialState:
                          '`accelerate launch --config_file`, or with torchrun')
     return state
 
-# %% ../nbs/12_split.ipynb #9684befd
+# %% ../nbs/12_split.ipynb #314e0be8
 @dataclass(frozen=True)
 class TraceFiles(Sequence):
     "Traces that lie on disk."
@@ -235,7 +236,7 @@ class TraceFiles(Sequence):
     def __len__(self): return len(self.paths)
     def __getitem__(self, i) -> Trace: return read_trace(self.paths[i])
 
-# %% ../nbs/12_split.ipynb #908722d3
+# %% ../nbs/12_split.ipynb #7a4139aa
 def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None) -> dict[str, TraceFiles]:
     """Stream every scene in every variant, resuming what is there; → traces by the variant's name. `thresholds` {speak, update} are by
     the variant's name too. Raises `InputError` if any video failed."""

@@ -8,7 +8,7 @@ __all__ = ['TOLERANCES', 'OVERLAPS', 'WHY_UNDEFINED', 'joint_goal_accuracy', 'sl
            'transition_pairs', 'count_legal', 'change_sequences', 'edit_distance', 'segments', 'segment_overlap',
            'segment_pairs', 'count_states', 'score_states', 'class_prf']
 
-# %% ../nbs/12_matching_states.ipynb #0adbef80
+# %% ../nbs/12_matching_states.ipynb #18b9d1e0
 from collections import Counter
 
 import numpy as np
@@ -18,7 +18,7 @@ from .config import InputError
 from .matching import PRF, ratio
 from .state import IN_PROGRESS, STATE_NAMES, Transition, is_legal
 
-# %% ../nbs/12_matching_states.ipynb #dbf09cdf
+# %% ../nbs/12_matching_states.ipynb #e8ac4c55
 def joint_goal_accuracy(
     pred: np.ndarray,   # [T, S]
     true: np.ndarray    # [T, S]
@@ -26,12 +26,12 @@ def joint_goal_accuracy(
     "The share of frames with every step right; None without frames or without steps."
     return ratio(int((np.asarray(pred) == true).all(axis=1).sum()), len(true)) if np.size(true) else None
 
-# %% ../nbs/12_matching_states.ipynb #893ff220
+# %% ../nbs/12_matching_states.ipynb #15d95f1e
 def slot_accuracy(pred: np.ndarray, true: np.ndarray) -> float|None:
     "The share of (frame, step) cells that are right; None without cells."
     return ratio(int((np.asarray(pred) == true).sum()), np.size(true))
 
-# %% ../nbs/12_matching_states.ipynb #ac08ec66
+# %% ../nbs/12_matching_states.ipynb #5b67dc71
 def relative_slot_counts(
     pred: np.ndarray,      # [T, S], -1: nothing is believed
     true: np.ndarray       # [T, S]
@@ -42,7 +42,7 @@ def relative_slot_counts(
     total, right = started.sum(1), (started & (pred == true)).sum(1)
     return float((right[total > 0]/total[total > 0]).sum()), int((total > 0).sum())
 
-# %% ../nbs/12_matching_states.ipynb #62223313
+# %% ../nbs/12_matching_states.ipynb #12e2b433
 def class_counts(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     "True positives, false positives and false negatives over the cells, [3 states, 3]; -1 in `pred` is no state."
     cells = 4*np.asarray(true, dtype=np.int64) + np.asarray(pred) + 1
@@ -50,7 +50,7 @@ def class_counts(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     tp = np.diagonal(confusion[:, 1:])
     return np.stack([tp, confusion[:, 1:].sum(0) - tp, confusion.sum(1) - tp], axis=1)
 
-# %% ../nbs/12_matching_states.ipynb #74f4cbbe
+# %% ../nbs/12_matching_states.ipynb #1af35717
 def hold(
     pred: np.ndarray    # [T, S], -1: nothing is believed
 ) -> np.ndarray:        # [T, S] without -1
@@ -60,7 +60,7 @@ def hold(
     last = np.maximum.accumulate(np.where(pred >= 0, np.arange(len(pred))[:, None], -1), axis=0)
     return np.where(last >= 0, np.take_along_axis(pred, last.clip(0), axis=0), 0)
 
-# %% ../nbs/12_matching_states.ipynb #b7b8d7ec
+# %% ../nbs/12_matching_states.ipynb #fb08dd5c
 _before = lambda states: np.concatenate([np.zeros_like(states[:1]), states[:-1]])
 
 def transition_table(
@@ -75,7 +75,7 @@ def transition_table(
     table = np.concatenate([table, jumps])
     return table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
 
-# %% ../nbs/12_matching_states.ipynb #dff38295
+# %% ../nbs/12_matching_states.ipynb #d3f16b1b
 def change_counts(
     pred: np.ndarray,                  # [T, S], -1: nothing is believed
     true: np.ndarray                   # [T, S]
@@ -88,7 +88,7 @@ def change_counts(
     correct, over, missed = int((p == t).sum()), int(((p > 0) & (t == 0)).sum()), int(((p <= 0) & (p != t)).sum())
     return correct, len(p) - correct - missed - over, missed, over
 
-# %% ../nbs/12_matching_states.ipynb #743bd540
+# %% ../nbs/12_matching_states.ipynb #7f160b02
 def granular_change_accuracy(
     correct: int, wrong: int, missed: int, over: int,
     alpha: float=10/11       # the weight of the values; the authors' published code uses 10/11
@@ -96,9 +96,9 @@ def granular_change_accuracy(
     "GCA from the counts of `change_counts`; None if nothing changed."
     P, R = correct + wrong + over, correct + wrong + missed
     if not P + R: return None
-    return (P + R)/((P*P + R*R)*(alpha/correct + (1 - alpha)/(correct + wrong))) if correct else 0.
+    return (P + R)*correct*(correct + wrong)/((P*P + R*R)*(correct + alpha*wrong)) if correct else 0.
 
-# %% ../nbs/12_matching_states.ipynb #f2e875e9
+# %% ../nbs/12_matching_states.ipynb #bc810d8c
 def count_pairs(pred: list[int], ref: list[int], tolerance: int) -> int:
     "The largest number of one-to-one pairs at most `tolerance` apart; both lists in ascending order."
     i = j = pairs = 0
@@ -108,7 +108,7 @@ def count_pairs(pred: list[int], ref: list[int], tolerance: int) -> int:
         else: i, j, pairs = i + 1, j + 1, pairs + 1
     return pairs
 
-# %% ../nbs/12_matching_states.ipynb #6cf7a2bd
+# %% ../nbs/12_matching_states.ipynb #bd3ef9b2
 def transition_pairs(
     pred: np.ndarray, true: np.ndarray,   # [N, 4] and [M, 4], of `transition_table`
     num_frames: int, tolerance: int       # frames
@@ -118,7 +118,7 @@ def transition_pairs(
     places = [np.sort((9*t[:, 1] + 3*t[:, 2] + t[:, 3])*apart + t[:, 0]).tolist() for t in (pred, true)]
     return count_pairs(*places, tolerance)
 
-# %% ../nbs/12_matching_states.ipynb #b816a8b1
+# %% ../nbs/12_matching_states.ipynb #5f0ccc75
 _LEGAL = np.array([[is_legal(Transition(0, b, a)) for a in range(3)] for b in range(3)])   # [before, after]
 
 def count_legal(
@@ -127,23 +127,24 @@ def count_legal(
     "How many of the transitions are legal."
     return int(_LEGAL[table[:, 2], table[:, 3]].sum())
 
-# %% ../nbs/12_matching_states.ipynb #b145e51a
+# %% ../nbs/12_matching_states.ipynb #bacf4f78
 def change_sequences(
     pred: np.ndarray, true: np.ndarray   # [T, S]
 ) -> tuple[list[int], list[int]]:        # symbols, one per transition
     "The believed and the true transitions in order of time; those of one frame in the order of the other side."
-    columns = sorted(zip(true.T.tolist(), pred.T.tolist()))             # the same for every numbering of the steps
+    order = sorted(range(true.shape[1]), key=lambda s: (true[:, s].tolist(), pred[:, s].tolist()))     # by what they do, not by number
     sides = []
-    for states in (np.array([c[k] for c in columns]).reshape(len(columns), -1).T for k in (1, 0)):
+    for states in (pred[:, order], true[:, order]):
         seen, frames = Counter(), {}
-        for frame, step, _, after in transition_table(states).tolist():
-            frames[3*step + after, seen[3*step + after]] = frame
-            seen[3*step + after] += 1
+        for frame, k, _, after in transition_table(states).tolist():
+            symbol = 3*order[k] + after
+            frames[symbol, seen[symbol]] = frame
+            seen[symbol] += 1
         sides.append(frames)
     ordered = lambda here, there: [symbol for symbol, k in sorted(here, key=lambda e: (here[e], there.get(e, np.inf)))]
     return ordered(*sides), ordered(*sides[::-1])
 
-# %% ../nbs/12_matching_states.ipynb #a6a059e5
+# %% ../nbs/12_matching_states.ipynb #751cef6a
 def edit_distance(a: list[int], b: list[int]) -> int:
     "Levenshtein's distance of two sequences of symbols."
     short, long = sorted((a, b), key=len)
@@ -154,7 +155,7 @@ def edit_distance(a: list[int], b: list[int]) -> int:
         row = np.minimum.accumulate(row - grid) + grid
     return int(row[-1])
 
-# %% ../nbs/12_matching_states.ipynb #a478f571
+# %% ../nbs/12_matching_states.ipynb #a14ff30b
 def segments(
     states: np.ndarray   # [T, S]
 ) -> np.ndarray:         # [N, 3]: step, first frame, frame after the last
@@ -165,7 +166,7 @@ def segments(
     step, frame = np.nonzero(inside[:, 1:] != inside[:, :-1])                       # beginning, end, beginning, …
     return np.stack([step[::2], frame[::2], frame[1::2]], axis=1)
 
-# %% ../nbs/12_matching_states.ipynb #4dc59ac8
+# %% ../nbs/12_matching_states.ipynb #49fc613c
 def segment_overlap(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     "Intersection over union [N, M] of segments ([N, 3] and [M, 3]); 0 for those of different steps."
     p, t = pred[:, None], true[None]
@@ -177,7 +178,7 @@ def segment_pairs(overlap: np.ndarray, threshold: float) -> int:
     fits = overlap >= threshold
     return int(fits[linear_sum_assignment(fits, maximize=True)].sum())
 
-# %% ../nbs/12_matching_states.ipynb #52b1f0b1
+# %% ../nbs/12_matching_states.ipynb #ffbf12ef
 TOLERANCES = {'05s': .5, '1s': 1., '2s': 2., '5s': 5.}    # seconds
 OVERLAPS = {'10': .1, '25': .25, '50': .5}                # intersection over union
 
@@ -204,7 +205,7 @@ def count_states(
     for k, share in OVERLAPS.items(): n[f'state_segments_paired_{k}'] = segment_pairs(segment_overlap(*runs), share)
     return n
 
-# %% ../nbs/12_matching_states.ipynb #95a0a639
+# %% ../nbs/12_matching_states.ipynb #ae7524fa
 def _checked(pred, true, fps: float) -> tuple[np.ndarray, np.ndarray]:
     "Both as int8 [T, S]; `InputError` if they are not states of the same frames and steps."
     pred, true = np.asarray(pred), np.asarray(true)
@@ -216,7 +217,7 @@ def _checked(pred, true, fps: float) -> tuple[np.ndarray, np.ndarray]:
     if not fps > 0: raise InputError(f'fps: {fps}, but must be above 0; take it from the trace')
     return pred.astype(np.int8), true.astype(np.int8)
 
-# %% ../nbs/12_matching_states.ipynb #2e4f2024
+# %% ../nbs/12_matching_states.ipynb #1a3ac683
 _f1 = lambda tp, total: ratio(2*tp, total)
 
 def score_states(
@@ -239,7 +240,7 @@ def score_states(
     for k in OVERLAPS: scores[f'segmental_f1_{k}'] = _f1(n[f'state_segments_paired_{k}'], segments)
     return scores
 
-# %% ../nbs/12_matching_states.ipynb #e41a805d
+# %% ../nbs/12_matching_states.ipynb #ee8d3cda
 def class_prf(counts: Counter) -> dict[str, PRF]:
     "Precision, recall and F1 over the cells for each state."
     return {s: PRF.from_counts(*(counts[f'state_{s}_{k}'] for k in ('tp', 'fp', 'fn'))) for s in STATE_NAMES}

@@ -8,7 +8,7 @@ __all__ = ['LATE', 'LIVE', 'USAGE', 'HonestClock', 'Recorder', 'trace_header', '
            'runner_options', 'prepare', 'read_steps', 'name_of_video', 'is_live', 'record_of', 'show_frame',
            'screen_for', 'stream_file', 'main']
 
-# %% ../nbs/11_stream.ipynb #ef6729bf
+# %% ../nbs/11_stream.ipynb #7be9d7e6
 import contextlib, inspect, itertools, json, time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ from .state import transitions
 from .trace import Trace, TraceFrame, TraceWriter, read_trace
 from .video import iter_frames, prefetch
 
-# %% ../nbs/11_stream.ipynb #4a209cd6
+# %% ../nbs/11_stream.ipynb #add1386f
 LATE = 'wait', 'drop'
 
 class HonestClock:
@@ -62,7 +62,7 @@ class HonestClock:
         self.free_at = start + self.work(result)
         return start + self.work(result)*(result.decision_ms/result.latency_ms if result.latency_ms else 1) - i/self.fps
 
-# %% ../nbs/11_stream.ipynb #078cf777
+# %% ../nbs/11_stream.ipynb #15566d95
 class Recorder:
     "The frames and events of a trace, one after the other."
     def __init__(self, record:VideoRecord, state):    # [S] at the beginning
@@ -99,7 +99,7 @@ def user_words(record:VideoRecord) -> dict[int, list[str]]:
     "What the user says, by the frame that hears it."
     return {f: words for f, turns in record.turns_at().items() if (words := [t.content for t in turns if t.role == 'user'])}
 
-# %% ../nbs/11_stream.ipynb #bd6a0de6
+# %% ../nbs/11_stream.ipynb #2f9245d0
 def stream_frames(runner:StreamRunner, record:VideoRecord, frames, clock:HonestClock|None=None) -> Iterator[tuple]:
     """Push frames (uint8 [H, W, 3], None where one could not be decoded) as they come → for each its `TraceFrame`, the events at it, and
     the frame itself."""
@@ -129,7 +129,7 @@ def stream_record(
         trace_frames.append(frame); events += here
     return header.model_copy(update=dict(frames=trace_frames, events=events))
 
-# %% ../nbs/11_stream.ipynb #b0d129b9
+# %% ../nbs/11_stream.ipynb #e29772a6
 def stream_records(
     model: DSTSmolVLM, layout: StreamLayout,
     videos,                    # an iterable of (record, frames); taken when there is a free slot
@@ -162,7 +162,7 @@ def stream_records(
             batch.leave(k); v = open_.pop(k)
             yield v['header'].model_copy(update=dict(frames=v['trace'], events=v['events']))
 
-# %% ../nbs/11_stream.ipynb #1c2e21ca
+# %% ../nbs/11_stream.ipynb #a5c6e4d9
 def given_thresholds(cfg) -> dict[str, float]:
     "Those of the two thresholds {speak, update} that the configuration gives."
     given = {head: cfg.eval[f'{head}_threshold'] for head in ('speak', 'update') if cfg.eval[f'{head}_threshold'] is not None}
@@ -177,7 +177,7 @@ def load_thresholds(cfg, checkpoint) -> dict[str, float]:
     except ValueError: raise InputError(f'{path}: not readable as JSON; remove it, or evaluate again') from None
     return dict(speak=.5, update=.5) | tuned | given_thresholds(cfg)
 
-# %% ../nbs/11_stream.ipynb #cfe65923
+# %% ../nbs/11_stream.ipynb #100a8181
 def pick_device(cfg) -> str:
     "`cfg.eval.device`, of which `auto` is a GPU if there is one."
     if cfg.eval.device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -205,7 +205,7 @@ def prepare(model, cfg):
     "The model as it streams: in evaluation mode, and with `eval.int8_vision` its vision tower in 8 bits (`05_int8`)."
     return quantize_vision(model.eval()) if cfg.eval.int8_vision else model.eval()
 
-# %% ../nbs/11_stream.ipynb #18577ce3
+# %% ../nbs/11_stream.ipynb #9d98fa30
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
@@ -226,13 +226,13 @@ def read_steps(path) -> dict:
             raise InputError(f'{path}: field turns[{k}]: must be {{"time": seconds, "content": text}}')
     return task
 
-# %% ../nbs/11_stream.ipynb #69c25cce
+# %% ../nbs/11_stream.ipynb #a7e2a156
 def name_of_video(video) -> str:
     "What a trace calls a file, a folder or an address; never with the user and password that an address may hold."
     address = urlsplit(str(video)) if '://' in str(video) else None
     return f'{address.hostname}{address.path}'.strip('/').replace('/', '_') if address else Path(video).stem
 
-# %% ../nbs/11_stream.ipynb #cfca970a
+# %% ../nbs/11_stream.ipynb #8ff53ca7
 LIVE = 'webcam', '/dev/video', 'v4l2:', 'avfoundation:', 'dshow:', 'rtsp:', 'rtsps:', 'rtmp:', 'rtp:', 'udp:', 'srt:'
 def is_live(source) -> bool: return str(source).startswith(LIVE)
 
@@ -288,7 +288,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg, show:bool=False) -> Tra
         finally: decoded.close()
     return read_trace(out)
 
-# %% ../nbs/11_stream.ipynb #31223a46
+# %% ../nbs/11_stream.ipynb #d0866569
 USAGE = """usage: python -m dst_smolvlm.stream [--source] VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json
        [--show] [group.key=value] ...
 Streams a video (a file, webcam, an address, or a folder of images with eval.source_fps=…) through a trained model; leaves the trace, and
@@ -317,5 +317,5 @@ def main(argv=None):
     of_these = f' ({", ".join(f"{skipped.count(why)} {why}" for why in sorted(set(skipped)))})' if skipped else ''
     print(f"{len(trace.frames)} frames{of_these}, {len(trace.spoken)} replies, {changes} state changes; {out} and {picture.name}")
 
-# %% ../nbs/11_stream.ipynb #9c89558f
+# %% ../nbs/11_stream.ipynb #38261978
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -8,7 +8,7 @@ __all__ = ['WHY_UNDEFINED', 'RESTREAM_NOTE', 'trace_probabilities', 'probabiliti
            'bin_frames', 'count_calibration', 'score_calibration', 'reliability_figure', 'first_difference',
            'needs_restream']
 
-# %% ../nbs/12_thresholds.ipynb #025262a3
+# %% ../nbs/12_thresholds.ipynb #e986293a
 from bisect import bisect_left
 from collections import Counter
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .records import VideoRecord
 from .state import state_changes
 from .trace import Trace, reference_speech
 
-# %% ../nbs/12_thresholds.ipynb #b6bf90db
+# %% ../nbs/12_thresholds.ipynb #e8eb6695
 def trace_probabilities(
     trace: Trace, record: VideoRecord,
     head: str                              # 'speak' or 'update'
@@ -35,7 +35,7 @@ def trace_probabilities(
     events = reference_speech(record, trace.fps) if head == 'speak' else state_changes(record.states(trace.fps))
     return probs[:T], sorted(events)
 
-# %% ../nbs/12_thresholds.ipynb #c5cf12df
+# %% ../nbs/12_thresholds.ipynb #654d1ecb
 def probabilities(
     traces: list[Trace], records: list[VideoRecord],   # one of each per video, in any order
     head: str                                          # 'speak' or 'update'
@@ -48,7 +48,7 @@ def probabilities(
     pairs = [trace_probabilities(by_uid[r.uid], r, head) for r in records]
     return [p for p, _ in pairs], [e for _, e in pairs]
 
-# %% ../nbs/12_thresholds.ipynb #dd1618ee
+# %% ../nbs/12_thresholds.ipynb #3c6910e0
 def count_matches(
     pred: list[int],    # frames of the decisions, ascending
     ref: list[int],     # frames of the true events, ascending
@@ -61,14 +61,14 @@ def count_matches(
         if k < len(pred) and pred[k] <= event + tolerance: matched += 1; k += 1
     return matched
 
-# %% ../nbs/12_thresholds.ipynb #9c6cbe24
+# %% ../nbs/12_thresholds.ipynb #8f79a763
 def sweep_thresholds(probs: list[np.ndarray], most: int=200) -> np.ndarray:
     "Thresholds worth trying, falling: all distinct probabilities, or `most` of them, closer together where few frames reach them."
     distinct = np.unique(np.concatenate([p[~np.isnan(p)] for p in probs] or [[]]))[::-1]           # descending
     if len(distinct) <= most: return distinct
     return distinct[np.unique(np.round(np.geomspace(1, len(distinct), most)).astype(int)) - 1]
 
-# %% ../nbs/12_thresholds.ipynb #6e3079fb
+# %% ../nbs/12_thresholds.ipynb #181d78f4
 def sweep(
     probs: list[np.ndarray], events: list[list[int]],   # of `probabilities`
     thresholds: np.ndarray,                             # [K]
@@ -83,7 +83,7 @@ def sweep(
             counts[v, t] = tp, len(fired) - tp, len(ref) - tp
     return counts
 
-# %% ../nbs/12_thresholds.ipynb #4fd2067a
+# %% ../nbs/12_thresholds.ipynb #100f5883
 _divide = lambda a, b: np.divide(a, b, out=np.full(np.shape(a), np.nan), where=np.asarray(b) > 0)
 
 class Curve(NamedTuple):
@@ -104,14 +104,14 @@ def pr_curve(probs, events, tolerance, thresholds=None) -> Curve:
     thresholds = sweep_thresholds(probs) if thresholds is None else np.sort(np.asarray(thresholds, dtype=float))[::-1]
     return Curve(thresholds, *sweep(probs, events, thresholds, tolerance).sum(0).T)
 
-# %% ../nbs/12_thresholds.ipynb #a30a8fc5
+# %% ../nbs/12_thresholds.ipynb #6ea831ff
 def pr_auc(curve: Curve) -> float|None:
     "Average precision, a sum of steps; None where there are no true events, or no frames."
     recall = curve.recall
     if not len(recall) or np.isnan(recall).any(): return None
     return float((np.diff(recall, prepend=0.)*np.nan_to_num(curve.precision)).sum())
 
-# %% ../nbs/12_thresholds.ipynb #98ab3f81
+# %% ../nbs/12_thresholds.ipynb #57433f87
 class Best(NamedTuple):
     "The threshold with the best F1, and the range of thresholds around it that do nearly as well."
     threshold: float
@@ -128,7 +128,7 @@ def best_threshold(curve: Curve, within: float=.01) -> Best|None:
     first, last = max(bad[bad < k], default=-1) + 1, min(bad[bad > k], default=len(good)) - 1     # without a gap
     return Best(*(float(x) for x in (curve.thresholds[k], curve.f1[k], [*curve.thresholds, 0.][last + 1], curve.thresholds[first])))
 
-# %% ../nbs/12_thresholds.ipynb #5e6d94bd
+# %% ../nbs/12_thresholds.ipynb #c2ceb512
 _STYLES = [dict(color=c, ls=s) for c, s in zip(['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#222222'],
                                                ['-', '--', '-.', ':', '-', '--', '-.'])]
 def _axes(xlabel: str, ylabel: str, height: float=3.) -> tuple[Figure, object]:
@@ -152,7 +152,7 @@ def pr_figure(rows: dict[str, Curve]) -> Figure:
     if rows: ax.legend(frameon=False, fontsize=8, loc='lower left', title='average precision', title_fontsize=8)
     return fig
 
-# %% ../nbs/12_thresholds.ipynb #38a65eea
+# %% ../nbs/12_thresholds.ipynb #9cfe803d
 def f1_figure(rows: dict[str, Curve], within: float=.01) -> Figure:
     "F1 over the threshold for named rows; thick where it is `within` so much of the best."
     fig, ax = _axes('threshold', 'F1', 2.6)
@@ -164,7 +164,7 @@ def f1_figure(rows: dict[str, Curve], within: float=.01) -> Figure:
     if rows: ax.legend(frameon=False, fontsize=8, loc='lower center')
     return fig
 
-# %% ../nbs/12_thresholds.ipynb #5b7499ff
+# %% ../nbs/12_thresholds.ipynb #d742cb4e
 def frame_labels(probs: list[np.ndarray], events: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     "Of all frames that were read: their probabilities [N] and whether an event is at this very frame, bool [N]."
     labels = [np.isin(np.arange(len(p)), e) for p, e in zip(probs, events)]
@@ -181,7 +181,7 @@ class Bins(NamedTuple):
         "Expected calibration error: mean distance of what was said and what came of it, by the frames of a bin; None without."
         return ratio(float(abs(self.p - self.y).sum()), int(self.n.sum()))
 
-# %% ../nbs/12_thresholds.ipynb #235c30bc
+# %% ../nbs/12_thresholds.ipynb #6e040db4
 def bin_frames(
     probs: list[np.ndarray], events: list[list[int]],   # of `probabilities`
     bins: int=15,
@@ -194,7 +194,7 @@ def bin_frames(
     else: which = np.empty(len(p), int); which[np.argsort(p, kind='stable')] = np.arange(len(p))*bins//max(len(p), 1)
     return Bins(*(np.bincount(which, weights=w, minlength=bins) for w in (np.ones(len(p)), p, y.astype(float))))
 
-# %% ../nbs/12_thresholds.ipynb #ff894253
+# %% ../nbs/12_thresholds.ipynb #aa2b3fae
 WHY_UNDEFINED = {'pr_auc': 'no true events', 'best_threshold': 'no true events and no frames', 'ece': 'no frame was read',
                  'brier': 'no frame was read', 'base_rate': 'no frame was read'}
 
@@ -212,7 +212,7 @@ def score_calibration(counts: Counter, head: str, bins: int=15) -> dict[str, flo
     ece = Bins(*(np.array([counts[f'{key}{k}_{b}'] for b in range(bins)]) for k in 'npy')).ece
     return {f'{head}_ece': ece, f'{head}_brier': ratio(counts[f'{key}squares'], N), f'{head}_base_rate': ratio(counts[f'{key}events'], N)}
 
-# %% ../nbs/12_thresholds.ipynb #db8f39e6
+# %% ../nbs/12_thresholds.ipynb #27ed000e
 def reliability_figure(rows: dict[str, Bins]) -> Figure:
     "What was said against what came of it, for named rows of bins; the diagonal is perfect, hollow dots have fewer than five frames."
     fig, ax = _axes('probability', 'share of events', 3.4)
@@ -225,7 +225,7 @@ def reliability_figure(rows: dict[str, Bins]) -> Figure:
     if rows: ax.legend(frameon=False, fontsize=8, loc='upper left', title='ECE', title_fontsize=8)
     return fig
 
-# %% ../nbs/12_thresholds.ipynb #48c5337b
+# %% ../nbs/12_thresholds.ipynb #e09bfbc1
 RESTREAM_NOTE = (
     'A sweep over stored probabilities is exact for each decision given the feedback that there was, and an approximation of a '
     'new stream with that threshold, in which the model would have been told other words and states. It is exact (1) as long as '
@@ -233,7 +233,7 @@ RESTREAM_NOTE = (
     'filter settled the state, because head 2 is then only reported. It asks head 1 alone, without the refractory time after a '
     'reply. For a final figure, stream again with the chosen threshold.')
 
-# %% ../nbs/12_thresholds.ipynb #e13a4684
+# %% ../nbs/12_thresholds.ipynb #99e3b33d
 def first_difference(trace: Trace, speak: float|None=None, update: float|None=None) -> tuple[str, int]|None:
     "(head, frame) of the first decision of a stream that may differ under new thresholds (None: as it was); None if none does."
     found, six_decimals = [], 5e-7
