@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINES', 'listed_order', 'rename_steps', 'baseline_trace', 'OraclePlayer', 'stream_oracle']
 
-# %% ../nbs/13_baselines.ipynb #bcc644b3
+# %% ../nbs/13_baselines.ipynb #69a3a545
 import zlib
 
 import numpy as np
@@ -17,12 +17,12 @@ from .state import IN_PROGRESS, state_changes
 from .stream import stream_record
 from .trace import Trace, oracle_trace, reference_speech, trace_from_states
 
-# %% ../nbs/13_baselines.ipynb #4fe1d03e
+# %% ../nbs/13_baselines.ipynb #25783339
 def listed_order(states: np.ndarray) -> np.ndarray:
     "The same number of steps in each state at each frame, but in listed order."
     return -np.sort(-np.asarray(states), axis=1)   # [T, S]
 
-# %% ../nbs/13_baselines.ipynb #7b1b48ec
+# %% ../nbs/13_baselines.ipynb #b193279a
 def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: np.ndarray) -> str:
     "`text` with each named step replaced by the step that is believed to be in its true state ([S] each)."
     def other(match):
@@ -32,14 +32,14 @@ def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: n
         return match[0] if k == step else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
     return names_pattern(tuple(step_names)).sub(other, text)
 
-# %% ../nbs/13_baselines.ipynb #21498744
+# %% ../nbs/13_baselines.ipynb #a9583e1b
 BASELINES = dict(
     oracle='the reference itself',
     always_silent='never speaks, never updates',
     always_speak='speaks and updates at every frame',
     prior_rate='speaks and updates at random, as often as the truth',
     clock='speaks and updates every 5 frames',
-    previous_state='the first state persists',
+    previous_state='the first state persists, which is that of always_silent where nothing had begun',
     event_order='oracle event times, steps in listed order')
 
 def baseline_trace(
@@ -51,7 +51,7 @@ def baseline_trace(
     "What a baseline would leave behind on the video of `record`."
     truth = oracle_trace(record, fps)
     T, true, speech, updates = len(truth.frames), truth.states, dict(truth.spoken), truth.update_frames()
-    nothing, rng = np.zeros_like(true), np.random.default_rng([seed, zlib.crc32(record.video_uid.encode())])
+    nothing, rng = np.zeros_like(true), np.random.default_rng([seed, zlib.crc32(record.uid.encode())])
     at_random = lambda n: np.flatnonzero(rng.random(T) < n/T).tolist()
     say = lambda frames: dict.fromkeys(frames, 'Keep going.')
     if name == 'oracle': return truth
@@ -66,7 +66,7 @@ def baseline_trace(
     else: raise InputError(f"{name}: no such baseline; there are {', '.join(BASELINES)}")
     return trace_from_states(record, states, speech, updates, model=name, fps=fps)
 
-# %% ../nbs/13_baselines.ipynb #3628095d
+# %% ../nbs/13_baselines.ipynb #16b8beb6
 class OraclePlayer:
     "A model that reads what any other reads, and answers with the truth of one record; for a stream without a filter."
     def __init__(self, model, layout, record:VideoRecord):

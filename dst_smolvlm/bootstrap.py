@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ONE_VIDEO', 'VERDICTS', 'resample', 'bootstrap_scores', 'interval', 'Estimate', 'score_intervals', 'Difference',
-           'compare']
+           'swapped_differences', 'compare']
 
-# %% ../nbs/12_resampling.ipynb #af581e8c
+# %% ../nbs/12_resampling.ipynb #6a9fa6ca
 from collections import Counter
 from typing import Callable, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import InputError
 
-# %% ../nbs/12_resampling.ipynb #4bd8decc
+# %% ../nbs/12_resampling.ipynb #d47b9c7c
 def resample(
     n_videos: int,
     draws: int=1000,    # enough for the ends of a 95 % interval; they are the 25th and the 975th
@@ -24,7 +24,7 @@ def resample(
     if n_videos < 1: raise InputError('resample: there are no videos; score at least one')
     return np.random.default_rng(seed).multinomial(n_videos, np.full(n_videos, 1/n_videos), size=draws)
 
-# %% ../nbs/12_resampling.ipynb #da8a095b
+# %% ../nbs/12_resampling.ipynb #78f47e9e
 def bootstrap_scores(
     counts: list[Counter],                               # of each video
     score: Callable[[Counter], dict[str, float|None]],   # of added counts; entries that are no numbers are left out
@@ -40,7 +40,7 @@ def bootstrap_scores(
     names = [k for k, v in rows[0].items() if v is None or isinstance(v, (int, float))] if rows else []
     return {k: np.array([np.nan if r[k] is None else r[k] for r in rows], dtype=float) for k in names}
 
-# %% ../nbs/12_resampling.ipynb #3c041735
+# %% ../nbs/12_resampling.ipynb #5e9d80a4
 def interval(samples: np.ndarray, level: float=.95) -> tuple[float, float]|None:
     "The percentile interval of samples [B]; None if more than 5 % of them are undefined (NaN), or there are none."
     samples = np.asarray(samples, dtype=float)
@@ -48,7 +48,7 @@ def interval(samples: np.ndarray, level: float=.95) -> tuple[float, float]|None:
     if not len(known) or len(known) < .95*len(samples): return None
     return tuple(float(x) for x in np.quantile(known, [(1 - level)/2, (1 + level)/2]))
 
-# %% ../nbs/12_resampling.ipynb #3aed3996
+# %% ../nbs/12_resampling.ipynb #7fe373cc
 class Estimate(NamedTuple):
     "A score with its interval; where there is none, `why`."
     value: float|None
@@ -71,7 +71,7 @@ def score_intervals(counts: list[Counter], score: Callable, weights: np.ndarray,
     once = bootstrap_scores(counts, score, np.ones((1, len(counts)), int))
     return {k: _estimate(None if np.isnan(once[k][0]) else float(once[k][0]), v, len(counts), level) for k, v in samples.items()}
 
-# %% ../nbs/12_resampling.ipynb #09ae358e
+# %% ../nbs/12_resampling.ipynb #8ea81119
 class Difference(NamedTuple):
     "A row minus another, with its interval, and what it shows; `why` there is no interval."
     value: float|None
@@ -81,6 +81,15 @@ class Difference(NamedTuple):
     why: str = ''
 
 VERDICTS = ('better', 'worse', 'no difference shown')
+
+def swapped_differences(a: list[Counter], b: list[Counter], score: Callable, draws: int=1000, seed: int=0) -> dict[str, np.ndarray]:
+    "Differences of the two rows when the rows' counts are swapped in some of the videos: in all ways if there are few, else at random."
+    V = len(a)
+    if 2**V <= draws: swap = (np.arange(2**V)[:, None] >> np.arange(V)) & 1                 # [2^V, V]
+    else: swap = np.vstack([np.zeros((1, V), int), np.random.default_rng(seed).integers(0, 2, (draws - 1, V))])     # with none swapped
+    both, first = [*a, *b], np.hstack([1 - swap, swap])
+    A, B = (bootstrap_scores(both, score, w) for w in (first, 1 - first))
+    return {k: A[k] - B[k] for k in A if k in B}
 
 def compare(
     a: list[Counter], b: list[Counter],    # counts of two rows, of the same videos in the same order
@@ -92,9 +101,11 @@ def compare(
     if len(a) != len(b): raise InputError(f'compare: {len(a)} and {len(b)} videos; both rows need the same videos')
     ones, out = np.ones((1, len(a)), int), {}
     (A, A1), (B, B1) = ([bootstrap_scores(row, score, w) for w in (weights, ones)] for row in (a, b))
+    swapped = swapped_differences(a, b, score, len(weights))
     for name in (k for k in A if k in B):
         value = float(A1[name][0] - B1[name][0])
         e = _estimate(None if np.isnan(value) else value, A[name] - B[name], len(a), level)
-        sign = 0 if e.low is None or e.low <= 0 <= e.high else -1 if (e.low < 0) != (name in lower_is_better) else 1
+        chance = np.nanmean(np.abs(swapped[name]) >= abs(value) - 1e-12)                  # as large a difference if the names meant nothing
+        sign = 0 if e.low is None or e.low <= 0 <= e.high or chance > 1 - level else -1 if (e.low < 0) != (name in lower_is_better) else 1
         out[name] = Difference(*e[:3], {1: 'better', -1: 'worse', 0: 'no difference shown'}[sign], e.why)
     return out

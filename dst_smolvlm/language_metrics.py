@@ -6,7 +6,7 @@
 __all__ = ['WHY_UNDEFINED', 'words', 'meteor', 'Idf', 'cider', 'SentenceEncoder', 'load_encoder', 'count_language',
            'score_language', 'signatures', 'language_scores']
 
-# %% ../nbs/12_language.ipynb #834af70c
+# %% ../nbs/12_language.ipynb #1b00a9bb
 import importlib.util, math, re
 from collections import Counter
 from functools import lru_cache
@@ -19,14 +19,14 @@ import numpy as np, sacrebleu
 
 from .config import InputError
 
-# %% ../nbs/12_language.ipynb #8d2945b9
+# %% ../nbs/12_language.ipynb #1b3aa44f
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 def words(text: str) -> list[str]:
     "The words of a text: lower case, without punctuation."
     return _WORD.findall(text.lower())
 
-# %% ../nbs/12_language.ipynb #ed17460b
+# %% ../nbs/12_language.ipynb #1e2fc3ce
 _BLEU, _CHRF = sacrebleu.BLEU(), sacrebleu.CHRF()
 _BLEU_KEYS = [f'text_bleu_{k}_{n}' for k in ('right', 'total') for n in (1, 2, 3, 4)]
 _CHRF_KEYS = [f'text_chrf_{k}_{n}' for n in range(1, 7) for k in ('said', 'reference', 'right')]
@@ -41,7 +41,7 @@ def _count_sacrebleu(pairs: list[tuple[str, str]]) -> Counter:
     return Counter(dict(zip(_BLEU_KEYS, b.counts + b.totals)) | dict(zip(_CHRF_KEYS, chrf)),
                    text_bleu_said_length=b.sys_len, text_bleu_reference_length=b.ref_len, text_bleu_long_references=long)
 
-# %% ../nbs/12_language.ipynb #4d01469b
+# %% ../nbs/12_language.ipynb #9c5eb23c
 def _bleu(counts: Counter) -> float|None:
     "Corpus BLEU in [0, 1]; None if no reference has four words."
     if not counts['text_bleu_long_references']: return None
@@ -53,7 +53,7 @@ def _chrf(counts: Counter) -> float|None:
     "Corpus chrF in [0, 1]; None without pairs."
     return _CHRF._compute_score_from_stats([counts[k] for k in _CHRF_KEYS]).score/100 if counts['text_pairs'] else None
 
-# %% ../nbs/12_language.ipynb #da7ee2cd
+# %% ../nbs/12_language.ipynb #2c52ac49
 class _NoSynonyms:
     def synsets(self, word): return []
 
@@ -78,7 +78,7 @@ def meteor(pred: str, ref: str) -> float:
     "METEOR of one pair, in [0, 1); without WordNet data by equal words and stems only."
     return _meteor(pred, ref, _synonyms()[1])
 
-# %% ../nbs/12_language.ipynb #57a912e4
+# %% ../nbs/12_language.ipynb #5cd28e59
 def _ngrams(text: str) -> list[Counter]:
     "The n-grams of a text with their counts, for n = 1 … 4."
     w = words(text)
@@ -93,7 +93,7 @@ class Idf:
     def __call__(self, ngram: tuple[str, ...]) -> float:
         return math.log(max(1, self.num_references)) - math.log(max(1, self.df[ngram]))
 
-# %% ../nbs/12_language.ipynb #1d21177e
+# %% ../nbs/12_language.ipynb #aa88eddc
 def cider(pred: str, ref: str, idf: Idf) -> float:
     "CIDEr-D of one pair, in [0, 10]; 0 if the reference says nothing that is not in every reference."
     said, true, total = _ngrams(pred), _ngrams(ref), 0.
@@ -104,7 +104,7 @@ def cider(pred: str, ref: str, idf: Idf) -> float:
     shorter = sum(said[0].values()) - sum(true[0].values())
     return 10/4*total*math.exp(-shorter**2/(2*6**2))
 
-# %% ../nbs/12_language.ipynb #282e3be2
+# %% ../nbs/12_language.ipynb #7d67a68b
 class SentenceEncoder:
     "Unit vectors of texts, each distinct text encoded once; `similarity` is the cosine of two. `load_encoder` makes one."
     def __init__(self,
@@ -123,11 +123,12 @@ class SentenceEncoder:
     def similarity(self, a: str, b: str) -> float:
         "Cosine in [-1, 1]; 0 if either text has no words."
         self.encode_all((a, b))
+        if a == b and a.strip(): return 1.                                              # also where there are no words, as in 👍
         if a not in self._vectors or b not in self._vectors: return 0.
-        return 1. if a == b else min(1., max(-1., self._dot(self._vectors[a], self._vectors[b])))
+        return min(1., max(-1., self._dot(self._vectors[a], self._vectors[b])))
     __call__ = similarity
 
-# %% ../nbs/12_language.ipynb #5dafe954
+# %% ../nbs/12_language.ipynb #b7f58d68
 def _word_vectors(texts: list[str]) -> list[dict]:
     counts = [Counter(words(t)) for t in texts]
     return [{w: n/math.sqrt(sum(m*m for m in c.values())) for w, n in c.items()} for c in counts]
@@ -149,7 +150,7 @@ def load_encoder(
     encode = lambda texts: model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)   # [N, D]
     return SentenceEncoder(folder.resolve().name if folder and name != 'minilm' else name, encode)
 
-# %% ../nbs/12_language.ipynb #fb175786
+# %% ../nbs/12_language.ipynb #f4c90bd6
 def _load_sentence_transformer(name: str, folder: Path|None, device: str|None):
     "A SentenceTransformer without pickles, foreign code or progress bars."
     for file in (p for ending in ('bin', 'pt', 'pth', 'ckpt', 'pkl') for p in (folder.rglob(f'*.{ending}') if folder else ())):
@@ -168,7 +169,7 @@ def _load_sentence_transformer(name: str, folder: Path|None, device: str|None):
     finally:
         if bars: logging.enable_progress_bar()
 
-# %% ../nbs/12_language.ipynb #4f7b1fb9
+# %% ../nbs/12_language.ipynb #599ddf55
 def count_language(
     pairs: list[tuple[str, str]],                             # (what was said, what should have been said)
     similarity: Callable[[str, str], float]|None=None,        # of two texts, such as a `SentenceEncoder`; None leaves it out
@@ -188,7 +189,7 @@ def count_language(
         counts.update(text_similarity_pairs=len(scored), text_similarity_sum=sum(similarity(*p) for p in scored))
     return counts
 
-# %% ../nbs/12_language.ipynb #144e18c9
+# %% ../nbs/12_language.ipynb #4f6d02f7
 WHY_UNDEFINED = {
     'bleu': 'no pair, or no reference of four words',
     'chrf': 'no pair of texts to compare',
@@ -205,7 +206,7 @@ def score_language(counts: Counter) -> dict[str, float|None]:
     return (dict(bleu=_bleu(counts), chrf=_chrf(counts)) | {k: mean(k) for k in meteors}
             | dict(cider=mean('cider'), semantic_similarity=mean('similarity')))
 
-# %% ../nbs/12_language.ipynb #3298b5a0
+# %% ../nbs/12_language.ipynb #93a4a409
 def signatures(encoder: SentenceEncoder|None=None) -> dict[str, str]:
     "How each score is computed, with versions; BLEU and chrF as sacrebleu words it."
     for metric in (_BLEU, _CHRF): metric.corpus_score(['a'], [['a']])   # a signature exists only after the first score

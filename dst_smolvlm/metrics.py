@@ -6,7 +6,7 @@
 __all__ = ['EVENTS', 'WHY_UNDEFINED', 'names_pattern', 'named_steps', 'response_names_step', 'Language', 'count_speech',
            'count_belief', 'count_trace', 'about', 'score_counts', 'check_pairs', 'add_counts', 'score_traces']
 
-# %% ../nbs/12_metrics.ipynb #3259bbe0
+# %% ../nbs/12_metrics.ipynb #58a64460
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from .state_metrics import count_states, score_states
 from .timing import count_timeliness, ready_spoken, score_timeliness
 from .trace import Trace, reference_speech
 
-# %% ../nbs/12_metrics.ipynb #ab1d9cd8
+# %% ../nbs/12_metrics.ipynb #2b6840dd
 _key = lambda name: ' '.join(name.lower().split()).strip(' .')
 
 @lru_cache(256)
@@ -35,13 +35,13 @@ def names_pattern(step_names: tuple[str, ...]) -> re.Pattern:
     words = '|'.join(r'\s+'.join(map(re.escape, n.split())) for n in longest_first)
     return re.compile(rf'(?<!\w)(?:{words or "(?!)"})(?!\w)', re.IGNORECASE)
 
-# %% ../nbs/12_metrics.ipynb #a0b41544
+# %% ../nbs/12_metrics.ipynb #12826eae
 def named_steps(text: str, step_names: list[str]) -> set[int]:
     "The steps whose name stands in `text`."
     found = {_key(m) for m in names_pattern(tuple(step_names)).findall(text)}
     return {k for k, name in enumerate(step_names) if _key(name) in found}
 
-# %% ../nbs/12_metrics.ipynb #5efc013b
+# %% ../nbs/12_metrics.ipynb #4799696c
 def response_names_step(
     spoken: list[tuple[int, str]],            # (frame, text) of the replies
     reference_turns: list[tuple[int, str]],   # (frame, text) of what should have been said
@@ -54,7 +54,7 @@ def response_names_step(
     asked = {j: named for j, (_, text) in enumerate(reference_turns) if (named := named_steps(text, step_names))}
     return sum(reply.get(j) == named for j, named in asked.items()), len(asked)
 
-# %% ../nbs/12_metrics.ipynb #735a37be
+# %% ../nbs/12_metrics.ipynb #067db232
 class Language(NamedTuple):
     "How words are compared: the similarity of two texts in [-1, 1], its name, and the `Idf` of the references (None: words get no scores)."
     similarity: Callable[[str, str], float] = word_similarity
@@ -63,17 +63,15 @@ class Language(NamedTuple):
 
 def count_speech(trace: Trace, record: VideoRecord, tolerance_frames: int, window=None, language: Language|None=None) -> Counter:
     "What there is to count of the replies of one video: in time, beside the reference's words, and by the honest clock."
-    ref = reference_speech(record, trace.fps)
-    T = record.num_frames(trace.fps)
-    spoken = [(i, text) for i, text in trace.spoken if i < T]
+    ref, spoken = reference_speech(record, trace.fps), trace.spoken
     ready = [i for i, _ in ready_spoken(trace)]                                   # in time only if it was ready in time
     counts = Counter(_prf_counts('speaking', event_prf([i for i, _ in spoken], list(ref), tolerance_frames)))
     counts.update(_prf_counts('ready', event_prf(ready, list(ref), tolerance_frames)))
     right, named = response_names_step(spoken, list(ref.items()), trace.step_names, tolerance_frames)
     counts.update(named=named, named_right=right)
     language = language or Language()
-    matching = match_predictions(dict(spoken), ref, T, window or window_of(record.dataset), trace.fps, language.similarity)
-    said = dict(spoken)
+    said, T = dict(spoken), record.num_frames(trace.fps)
+    matching = match_predictions(said, ref, T, window or window_of(record.dataset), trace.fps, language.similarity)
     counts.update(count_matching(matching))
     counts.update(count_timeliness(trace, record, language.similarity))
     if language.idf is not None:
@@ -82,17 +80,16 @@ def count_speech(trace: Trace, record: VideoRecord, tolerance_frames: int, windo
 
 def _prf_counts(name: str, prf: PRF) -> dict: return {f'{name}_{k}': getattr(prf, k) for k in ('tp', 'fp', 'fn')}
 
-# %% ../nbs/12_metrics.ipynb #13ea3c88
+# %% ../nbs/12_metrics.ipynb #ee27e418
 def count_belief(trace: Trace, true: np.ndarray, tolerance_frames: int) -> Counter:
-    "What there is to count of the states and of the update decisions of one video, whose true states are [T, S]."
-    T, pred = len(true), np.full_like(true, -1)                                    # -1: never right
-    pred[:len(trace.frames)] = trace.states[:T]
-    counts, changes = count_states(pred, true, trace.fps), list(state_changes(true))
-    counts.update(_prf_counts('update', event_prf([i for i in trace.update_frames() if i < T], changes, tolerance_frames)))
-    counts.update(_prf_counts('state_change', event_prf(list(state_changes(trace.states[:T])), changes, tolerance_frames)))
+    "What there is to count of the states of one video, whose true states are [T, S]."
+    pred = np.full_like(true, -1)                                                  # -1: never right
+    pred[:len(trace.frames)] = trace.states
+    counts = count_states(pred, true, trace.fps)
+    counts.update(_prf_counts('state_change', event_prf(list(state_changes(trace.states)), list(state_changes(true)), tolerance_frames)))
     return counts
 
-# %% ../nbs/12_metrics.ipynb #015755d7
+# %% ../nbs/12_metrics.ipynb #97282cdc
 def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window=None, language: Language|None=None) -> Counter:
     """Everything that `score_counts` needs to know about one video. `tolerance_s` is for events, `window` (seconds, reference minus
     prediction; by default the dataset's) for replies with words. Raises `InputError` for a trace that does not fit the record."""
@@ -100,14 +97,17 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window
     if len(trace.steps) != true.shape[1]:
         raise InputError(f'{trace.video_uid}: the trace has {len(trace.steps)} steps and the record {true.shape[1]}; stream it again')
     if trace.meta.get('partial'): raise InputError(f'{trace.video_uid}: the trace is a part, its stream did not end; stream it again')
+    if len(trace.frames) > len(true): trace = trace.model_copy(update=dict(frames=trace.frames[:len(true)]))      # the rest has no truth
     tolerance, without = int(tolerance_s*trace.fps + 1e-9), trace.meta.get('without', ())
-    counts = Counter(frames=len(true), frames_lacking=max(0, len(true) - len(trace.frames)), videos=1)
+    counts = Counter(frames=len(true), frames_lacking=len(true) - len(trace.frames), videos=1)
     if 'speech' not in without: counts.update(count_speech(trace, record, tolerance, window, language))
     if 'states' not in without: counts.update(count_belief(trace, true, tolerance))
+    changes = list(state_changes(true))
+    if 'updates' not in without: counts.update(_prf_counts('update', event_prf(trace.update_frames(), changes, tolerance)))
     counts.update({f'without_{what}': 1 for what in without})
     return counts
 
-# %% ../nbs/12_metrics.ipynb #d872d26e
+# %% ../nbs/12_metrics.ipynb #b52f4d35
 EVENTS = dict(speaking=('nothing was said', 'nothing was to be said'), ready=('nothing was said', 'nothing was to be said'),
               update=('no update was decided', 'no state changes'), state_change=('the believed state never changes', 'no state changes'))
 WHY_UNDEFINED = {f'{event}_{measure}': why for event, (no_pred, no_ref) in EVENTS.items() for measure, why in
@@ -120,7 +120,8 @@ WHY_UNDEFINED = {f'{event}_{measure}': why for event, (no_pred, no_ref) in EVENT
 _SPEECH = {'response_names_step', 'duplicate_rate', 'pauc', 'pauc_ideal', 'bleu', 'chrf', 'cider', 'semantic_similarity'}
 
 def about(name: str) -> str:
-    "Whether a score is about 'speech' or about 'states'."
+    "Whether a score is about 'speech', 'updates' or 'states'."
+    if name.startswith('update'): return 'updates'
     return 'speech' if name in _SPEECH or name.startswith(('speaking', 'ready', 'reply', 'meteor')) else 'states'
 
 def score_counts(counts: Counter) -> dict:
@@ -131,12 +132,12 @@ def score_counts(counts: Counter) -> dict:
         scores |= {f'{event}_f1': prf.f1, f'{event}_precision': prf.precision, f'{event}_recall': prf.recall}
     scores |= score_states(counts) | dict(response_names_step=ratio(counts['named_right'], counts['named']))
     scores |= score_matching(counts) | score_timeliness(counts) | (score_language(counts) if 'text_pairs' in counts else {})
-    lacks = [what for what in ('speech', 'states') if counts[f'without_{what}']]
+    lacks = [what for what in ('speech', 'updates', 'states') if counts[f'without_{what}']]
     scores = {k: None if about(k) in lacks else v for k, v in scores.items()}
-    why = lambda k: f'no {about(k)} were given' if about(k) in lacks else WHY_UNDEFINED[k]
+    why = lambda k: f'{about(k)}: not given' if about(k) in lacks else WHY_UNDEFINED[k]
     return scores | dict(undefined={k: why(k) for k, v in scores.items() if v is None}, counts=dict(counts))
 
-# %% ../nbs/12_metrics.ipynb #c102df0e
+# %% ../nbs/12_metrics.ipynb #c4c4deca
 def check_pairs(traces: list[str], records: list[str]):
     "Raises `InputError` unless there is exactly one trace for each record, by name."
     for uid in set(records) ^ set(traces):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOLDS', 'read_line', 'read_states', 'read_predictions', 'as_trace']
 
-# %% ../nbs/12_predictions.ipynb #6a3f7631
+# %% ../nbs/12_predictions.ipynb #8d8e9fcc
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -17,19 +17,22 @@ from .config import InputError
 from .state import STATE_NAMES, frame_of
 from .trace import Trace, TraceFrame, trace_from_states
 
-# %% ../nbs/12_predictions.ipynb #d76ec5d3
+# %% ../nbs/12_predictions.ipynb #432cc3b1
 HOLDS = 'text', 'states', 'speak_prob', 'update_prob'
 
-def read_line(text:str, at:tuple, records:dict[str, VideoRecord]) -> tuple[VideoRecord, int, dict]:
-    "One line → its record, its frame and what it holds; raises `RecordError`. `at` is (file, 'line n'), `records` are by name."
+def read_line(text:str, at:tuple, records:dict[str, list[VideoRecord]]) -> tuple[VideoRecord, int, dict]:
+    "One line → its record, its frame and what it holds; raises `RecordError`. `at` is (file, 'line n'), `records` those of each name."
     found = parse_json(text, *at)
     def wrong(field, why): return RecordError(at[0], why, at[1], field, found.get(field) if isinstance(found, dict) else None)
     if not isinstance(found, dict): raise wrong('', 'not an object {"video_uid": …, "time": …, "text": …}')
     uid, time_s = found.get('video_uid'), found.get('time')
     if not isinstance(uid, str) or uid not in records: raise wrong('video_uid', 'no such video among those that are scored')
     if type(time_s) not in (int, float) or not math.isfinite(time_s): raise wrong('time', 'must be a number of seconds')
-    record, frame = records[uid], frame_of(time_s, records[uid].fps)
-    if time_s < 0 or frame >= record.num_frames(): raise wrong('time', f'outside the video, which has {record.duration:g} s')
+    if len(records[uid]) > 1: raise wrong('video_uid', f"has several dialogues; name one of {', '.join(r.uid for r in records[uid])}")
+    record = records[uid][0]
+    if not 0 <= time_s <= record.duration: raise wrong('time', f'outside the video, which has {record.duration:g} s')
+    frame = frame_of(time_s, record.fps)
+    if frame >= record.num_frames(): raise wrong('time', f'after the last frame, at {(record.num_frames() - 1)/record.fps:g} s')
     held = {k: found[k] for k in HOLDS if found.get(k) is not None}
     if not held: raise wrong('', f"holds none of {', '.join(HOLDS)}")
     if 'text' in held and not (isinstance(held['text'], str) and held['text'].strip()): raise wrong('text', 'must be words')
@@ -38,14 +41,14 @@ def read_line(text:str, at:tuple, records:dict[str, VideoRecord]) -> tuple[Video
     if 'states' in held: held['states'] = read_states(held['states'], record, wrong)
     return record, frame, held
 
-# %% ../nbs/12_predictions.ipynb #d0696e93
+# %% ../nbs/12_predictions.ipynb #1ed67380
 def read_states(given, record:VideoRecord, wrong) -> dict[int, int]:
     "`states` of a line as step → state; raises what `wrong(field, why)` makes."
     steps, known = record.steps, {s.name: k for k, s in enumerate(record.steps)} | {s.id: k for k, s in enumerate(record.steps)}
     if isinstance(given, list):
         if len(given) != len(steps): raise wrong('states', f'has {len(given)} entries, the record {len(steps)} steps')
         given = {s.id: v for s, v in zip(steps, given)}
-    if not isinstance(given, dict): raise wrong('states', 'must be a list in the order of the steps, or an object by step')
+    if not isinstance(given, dict) or not given: raise wrong('states', 'must be a list in the order of the steps, or an object by step')
     states = {}
     for step, value in given.items():
         if step not in known: raise wrong('states', f'{step!r} is no step of this video')
@@ -54,14 +57,14 @@ def read_states(given, record:VideoRecord, wrong) -> dict[int, int]:
         else: raise wrong('states', f"{value!r}: choose {', '.join(STATE_NAMES)} or 0, 1, 2")
     return states
 
-# %% ../nbs/12_predictions.ipynb #6a25d4e4
+# %% ../nbs/12_predictions.ipynb #3ed727ce
 def read_predictions(path, records:list[VideoRecord], name:str='') -> tuple[list[Trace], list[RecordError]]:
     "The predictions in `path` (JSONL) as one trace for each record, and what was left out; raises `InputError` if nothing is left."
     path = Path(path)
     try: lines = path.read_text(encoding='utf-8-sig').split('\n')
     except OSError as e: raise InputError(f'{path}: not readable: {e.strerror}') from None
     except UnicodeDecodeError: raise InputError(f'{path}: not UTF-8 text') from None
-    by_name = {r.video_uid: r for r in reversed(records)} | {r.uid: r for r in records}
+    by_name = {uid: [r for r in records if r.video_uid == uid] for uid in {r.video_uid for r in records}} | {r.uid: [r] for r in records}
     found, problems = defaultdict(dict), []
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
@@ -74,10 +77,11 @@ def read_predictions(path, records:list[VideoRecord], name:str='') -> tuple[list
             problems.append(RecordError(path, why, f'line {n}', kind, value))
     if not found: raise InputError(f"{path}: no line can be used: {problems[0] if problems else 'the file is empty'}")
     kinds, told = {kind for _, kind in found}, lambda uid, kind: {i: v for i, (_, v) in sorted(found[uid, kind].items())}
-    without = [what for what, needs in dict(speech={'text'}, states={'states'}).items() if not needs & kinds]
+    needs = dict(speech={'text'}, updates={'states', 'update_prob'}, states={'states'})
+    without = [what for what, some in needs.items() if not some & kinds]
     return [as_trace(r, {kind: told(r.uid, kind) for kind in HOLDS}, name or path.stem, without) for r in records], problems
 
-# %% ../nbs/12_predictions.ipynb #20250a36
+# %% ../nbs/12_predictions.ipynb #240bedd2
 def as_trace(record:VideoRecord, held:dict[str, dict], name:str, without=()) -> Trace:
     "What was `held` at some frames of a video (kind → frame → value) as a trace; a state holds until the next."
     states, now = [], np.zeros(len(record.steps), np.int8)
@@ -86,5 +90,7 @@ def as_trace(record:VideoRecord, held:dict[str, dict], name:str, without=()) -> 
         states.append(now.copy())
     trace = trace_from_states(record, np.array(states), held['text'], model=name)
     probs = {key: held[key] for key in ('speak_prob', 'update_prob') if held[key]}
-    frames = [TraceFrame(**f.model_dump() | {key: values.get(f.index, 0.) for key, values in probs.items()}) for f in trace.frames]
+    certain = {'speak_prob': set(held['text']), 'update_prob': set()}
+    prob = lambda key, values, i: values.get(i, float(i in certain[key]))
+    frames = [TraceFrame(**f.model_dump() | {key: prob(key, values, f.index) for key, values in probs.items()}) for f in trace.frames]
     return trace.model_copy(update=dict(frames=frames, meta=trace.meta | dict(without=list(without))))

@@ -7,7 +7,7 @@ __all__ = ['WHY_UNTIMED', 'WHY_UNTIMELY', 'timing_samples', 'count_timing', 'Tim
            'decision_times', 'ready_times', 'ready_spoken', 'pauc_areas', 'normalised_words', 'duplicates',
            'count_timeliness', 'score_timeliness']
 
-# %% ../nbs/12_matching_times.ipynb #3bfe0050
+# %% ../nbs/12_matching_times.ipynb #c51a74b1
 import re
 from collections import Counter
 from typing import Callable, NamedTuple
@@ -19,7 +19,7 @@ from .records import VideoRecord
 from .state import frame_of
 from .trace import Trace, reference_speech
 
-# %% ../nbs/12_matching_times.ipynb #8a0f8464
+# %% ../nbs/12_matching_times.ipynb #1bcdf24c
 def timing_samples(trace: Trace) -> dict[str, np.ndarray]:
     "Milliseconds of each frame that was read, `first_token_ms` of each reply, `overflow_ms` of each overflow; empty if untimed."
     read = [f for f in trace.frames if not f.skipped]
@@ -29,7 +29,7 @@ def timing_samples(trace: Trace) -> dict[str, np.ndarray]:
                 first_token_ms=np.array([f.first_token_ms for f in read if f.first_token_ms is not None]),
                 overflow_ms=np.array([f.latency_ms for f in read if f.index in full]))
 
-# %% ../nbs/12_matching_times.ipynb #a9c7e945
+# %% ../nbs/12_matching_times.ipynb #b549eacf
 def count_timing(trace: Trace) -> Counter:
     "Additive counts of one video; keys begin with `time_`."
     latency = timing_samples(trace)['latency_ms']
@@ -37,7 +37,7 @@ def count_timing(trace: Trace) -> Counter:
                    time_overflows=sum(e['type'] == 'overflow' for e in trace.events), time_work_s=float(latency.sum())/1e3,
                    time_video_s=len(trace.frames)/trace.fps if len(latency) else 0.)
 
-# %% ../nbs/12_matching_times.ipynb #5108ee7e
+# %% ../nbs/12_matching_times.ipynb #b71cd839
 class Times(NamedTuple):
     "What the cost of a split needs to know of one video."
     samples: dict[str, np.ndarray]     # milliseconds, of `timing_samples`
@@ -51,7 +51,7 @@ def time_trace(trace: Trace) -> Times:
                    peak_memory_bytes=trace.meta.get('peak_memory_bytes') or 0)
     return Times(timing_samples(trace), count_timing(trace), largest)
 
-# %% ../nbs/12_matching_times.ipynb #90c535e3
+# %% ../nbs/12_matching_times.ipynb #61f76f92
 WHY_UNTIMED = {
     'decision_ms': 'the frames have no times', 'latency_ms': 'the frames have no times', 'first_token_ms': 'no reply has a time',
     'overflow_ms': 'no overflow has a time', 'frames_per_second': 'the frames have no times', 'load': 'the frames have no times',
@@ -69,7 +69,7 @@ def score_timing(times: list[Times]) -> dict:
     why = {k: WHY_UNTIMED[re.sub(r'_p\d+$', '', k)] for k, v in scores.items() if v is None}
     return scores | dict(skipped=c['time_skipped'], overflows=c['time_overflows'], undefined=why)
 
-# %% ../nbs/12_matching_times.ipynb #accb8188
+# %% ../nbs/12_matching_times.ipynb #33a0f35d
 def decision_times(trace: Trace) -> np.ndarray:
     "Second of the video at which each frame was decided on [T]: by the stream's clock, or reckoned as if frames had waited."
     if any(f.delay_s for f in trace.frames): return np.array([f.time + f.delay_s for f in trace.frames])
@@ -91,12 +91,12 @@ def ready_times(
         if f.text is not None: out.append((f.index, float(at[f.index]) + max(0., ms - f.decision_ms)/1e3, f.text))
     return out
 
-# %% ../nbs/12_matching_times.ipynb #a873fd1b
+# %% ../nbs/12_matching_times.ipynb #6644a049
 def ready_spoken(trace: Trace, fps: float|None=None) -> list[tuple[int, str]]:
     "Every reply as (first frame at which all of it is there, text), in the order in which they were decided; several may share a frame."
-    return [(frame_of(round(seconds, 9), fps or trace.fps), text) for _, seconds, text in ready_times(trace)]
+    return [(frame_of(seconds - 1e-9, fps or trace.fps), text) for _, seconds, text in ready_times(trace)]     # i/fps is frame i
 
-# %% ../nbs/12_matching_times.ipynb #2a35e55b
+# %% ../nbs/12_matching_times.ipynb #e6bc1941
 def pauc_areas(
     replies: list[tuple[float, str]],      # (second at which it is ready, text)
     reference: list[tuple[float, str]],    # (second, text), ascending
@@ -113,7 +113,7 @@ def pauc_areas(
         areas.append(min(area, 1.))
     return areas
 
-# %% ../nbs/12_matching_times.ipynb #910f0dba
+# %% ../nbs/12_matching_times.ipynb #8054ffee
 def normalised_words(text: str) -> str:
     "The words of a text in lower case, without punctuation."
     return ' '.join(re.findall(r'\w+', text.lower()))
@@ -136,7 +136,7 @@ def duplicates(
         last[words] = i
     return found
 
-# %% ../nbs/12_matching_times.ipynb #e7dfdb1c
+# %% ../nbs/12_matching_times.ipynb #9f165565
 WHY_UNTIMELY = {'pauc': 'nothing was to be said', 'pauc_ideal': 'nothing was to be said', 'duplicate_rate': 'nothing was said'}
 
 def count_timeliness(

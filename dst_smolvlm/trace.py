@@ -6,7 +6,7 @@
 __all__ = ['Prob', 'EVENT_TYPES', 'TraceFrame', 'TraceStep', 'Trace', 'write_trace', 'read_trace', 'TraceWriter',
            'example_record', 'reference_speech', 'trace_from_states', 'oracle_trace', 'example_trace']
 
-# %% ../nbs/10_trace.ipynb #e568c4b6
+# %% ../nbs/10_trace.ipynb #fe79657b
 import contextlib, json, os, tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from .config import InputError, atomic_write
 from .records import Step, Turn, VideoRecord
 from .state import state_changes
 
-# %% ../nbs/10_trace.ipynb #76da81a9
+# %% ../nbs/10_trace.ipynb #9e64cd23
 Prob = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda p: round(p, 6))]
 
 class _Strict(BaseModel):
@@ -48,7 +48,7 @@ class TraceFrame(_Strict):
     delay_s: float = 0.                # honest clock: seconds by which the decision came later than the frame
     skipped: Literal['undecodable', 'busy', 'behind']|None = None   # why the model did not read it: no text, and values of the frame before
 
-# %% ../nbs/10_trace.ipynb #6c9b2a89
+# %% ../nbs/10_trace.ipynb #3320c2d7
 EVENT_TYPES = ('user', 'assistant', 'state', 'overflow')
 
 class TraceStep(_Strict):
@@ -69,7 +69,7 @@ class _TraceFields(_Strict):
     events: list[dict] = []            # {"type", "frame", "time", …}: text, transitions or dropped_tokens
     meta: dict = {}                    # thresholds {"speak", "update"}, seed, versions, command
 
-# %% ../nbs/10_trace.ipynb #64f34063
+# %% ../nbs/10_trace.ipynb #ed30af8c
 def _contradiction(frames, events, S: int, first: int=0) -> str|None:
     "What does not fit in `frames`, which begin at position `first` of a trace of `S` steps, and their `events`, as `field: why`."
     for i, f in enumerate(frames, first):
@@ -85,7 +85,7 @@ def _contradiction(frames, events, S: int, first: int=0) -> str|None:
         if not isinstance(e.get('frame'), int) or not 0 <= e['frame'] < T:
             return f"events.{i}.frame: {e.get('frame')!r}, but the trace has {T} frames"
 
-# %% ../nbs/10_trace.ipynb #29484fcf
+# %% ../nbs/10_trace.ipynb #2e9b1f33
 class Trace(_TraceFields):
     "Everything that one streamed video left behind."
     @model_validator(mode='after')
@@ -112,10 +112,11 @@ class Trace(_TraceFields):
         "The replies, as (frame, text)."
         return [(f.index, f.text) for f in self.frames if f.text is not None]
     def update_frames(self, threshold: float|None=None) -> list[int]:
-        "Frames at which head 2 decided that the state changes."
-        return np.flatnonzero(self.update_probs >= (self.threshold('update') if threshold is None else threshold)).tolist()
+        "Frames at which head 2 decided that the state changes; one that was skipped decided nothing."
+        read = np.array([not f.skipped for f in self.frames], dtype=bool)
+        return np.flatnonzero(read & (self.update_probs >= (self.threshold('update') if threshold is None else threshold))).tolist()
 
-# %% ../nbs/10_trace.ipynb #32201c29
+# %% ../nbs/10_trace.ipynb #29487318
 def _json(x) -> str: return json.dumps(to_jsonable_python(x), ensure_ascii=False)
 
 def _write(path, header: dict, frames, events) -> Path:
@@ -138,7 +139,7 @@ def write_trace(trace: Trace, path) -> Path:
 
 def _header(trace: Trace) -> dict: return trace.model_dump(mode='json', exclude={'frames', 'events'})
 
-# %% ../nbs/10_trace.ipynb #f0bd484f
+# %% ../nbs/10_trace.ipynb #a77d9684
 def _read_part(path: Path) -> Trace:
     "The trace in a `.part`: its header, then line by line the frames, each with its events. A line without an end was not finished."
     header, frames, events, n = {}, [], [], 1
@@ -166,7 +167,7 @@ def read_trace(path) -> Trace:
         why = {'missing': 'missing', 'extra_forbidden': 'unknown field'}.get(error['type'], error['msg'].removeprefix('Value error, '))
         raise InputError(f"{path}: {field + ': ' if field else ''}{why}") from None
 
-# %% ../nbs/10_trace.ipynb #ffc69c1a
+# %% ../nbs/10_trace.ipynb #5291e3a4
 class TraceWriter:
     """Writes a trace frame by frame, as a context manager; holds no frames. They stand in `PATH.part`, which stays if the stream
     fails and is begun anew by the next writer. A whole trace of an earlier run stays until this one is whole."""
@@ -215,7 +216,7 @@ class TraceWriter:
     def __enter__(self): return self
     def __exit__(self, error, *_): self._leave() if error else self.close()
 
-# %% ../nbs/10_trace.ipynb #d8f27859
+# %% ../nbs/10_trace.ipynb #6f597c3d
 def example_record() -> VideoRecord:
     "Thirty seconds, four steps out of the listed order, one question: the running example of the notebooks that follow."
     spans = {'put the red circle in box 2': (3, 8), 'put the blue square in box 1': (15, 20),
@@ -229,13 +230,13 @@ def example_record() -> VideoRecord:
                        steps=[Step(id=f'S{i+1}', name=n, spans=[s]) for i, (n, s) in enumerate(spans.items())],
                        turns=[Turn(role=r, time=t, content=c) for t, r, c in said])
 
-# %% ../nbs/10_trace.ipynb #7636a243
+# %% ../nbs/10_trace.ipynb #f4795899
 def reference_speech(record: VideoRecord, fps: float|None=None, role: str='assistant') -> dict[int, str]:
     "What `role` truly says, frame by frame."
     texts = {i: ' '.join(t.content for t in turns if t.role == role) for i, turns in sorted(record.turns_at(fps).items())}
-    return {i: text for i, text in texts.items() if text}
+    return {i: text for i, text in texts.items() if text.strip()}
 
-# %% ../nbs/10_trace.ipynb #686c4a65
+# %% ../nbs/10_trace.ipynb #320afb40
 def _events(user: dict, changes: dict, speech: dict, num_frames: int, fps: float) -> list[dict]:
     "User turns, state changes and replies in the order of the stream."
     def at(i):
@@ -244,7 +245,7 @@ def _events(user: dict, changes: dict, speech: dict, num_frames: int, fps: float
         if i in speech: yield 'assistant', {'text': speech[i]}
     return [dict(type=kind, frame=i, time=i/fps, **what) for i in range(num_frames) for kind, what in at(i)]
 
-# %% ../nbs/10_trace.ipynb #4f61ace2
+# %% ../nbs/10_trace.ipynb #8b65a127
 def trace_from_states(
     record: VideoRecord,                # the video
     states: np.ndarray,                 # [T, S], what is believed at each frame
@@ -263,12 +264,12 @@ def trace_from_states(
                  steps=[TraceStep(id=s.id, name=s.name) for s in record.steps], meta={'thresholds': {'speak': .5, 'update': .5}},
                  events=_events(reference_speech(record, fps, 'user'), changes, speech, T, fps))
 
-# %% ../nbs/10_trace.ipynb #b869fbd8
+# %% ../nbs/10_trace.ipynb #40f9e1ac
 def oracle_trace(record: VideoRecord, fps: float|None=None, repeats: str='merge') -> Trace:
     "The trace of an assistant that makes no mistake."
     return trace_from_states(record, record.states(fps, repeats=repeats), reference_speech(record, fps), model='oracle', fps=fps)
 
-# %% ../nbs/10_trace.ipynb #d68594c7
+# %% ../nbs/10_trace.ipynb #b8dab453
 def example_trace() -> Trace:
     "`example_record` as an imagined model would stream it: a late start, a wrong step, a redundant and a missing reply."
     record = example_record()
@@ -282,7 +283,7 @@ def example_trace() -> Trace:
     del speech[37]                                              # the question stays without an answer
     return _soften(trace_from_states(record, states, dict(sorted(speech.items())), model='imagined model'))
 
-# %% ../nbs/10_trace.ipynb #2f470122
+# %% ../nbs/10_trace.ipynb #44d7d209
 def _soften(trace: Trace, seed: int=0) -> Trace:
     "The same decisions and states, with probabilities as a model gives them."
     noise = np.random.default_rng(seed).uniform(0, .08, (2, len(trace.frames)))

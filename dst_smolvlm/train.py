@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'USAGE', 'StreamingValidation', 'open_store', 'validation_
            'disk_is_full', 'how_to_go_on', 'finish', 'run', 'training_facts', 'gather_weights', 'save_result', 'train',
            'main']
 
-# %% ../nbs/13_train.ipynb #06fa683a
+# %% ../nbs/13_train.ipynb #2ee7032d
 import errno, itertools, json, math, os, shutil, tempfile
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from .model import load_model, save_model
 from .stream import runner_options, stream_record
 from .trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
 
-# %% ../nbs/13_train.ipynb #3ae5bc76
+# %% ../nbs/13_train.ipynb #71589859
 class StreamingValidation:
     "Streams validation scenes with the model as it is in the middle of its training → metrics `stream_*`."
     def __init__(self, cfg, layout, scenes): self.cfg, self.layout, self.scenes = cfg, layout, scenes
@@ -58,11 +58,11 @@ class StreamingValidation:
         with torch.compiler.set_stance('force_eager'): found = self.traces(trainer)         # a cache has another length at every frame
         records, tolerance = [s.record for s in self.scenes], self.cfg.eval.tolerance_s
         traces = [baseline_trace('always_silent', r) if t is None else t for t, r in zip(found, records)]
-        for head, theta in tune_thresholds(traces, records, tolerance).items(): traces = [with_threshold(t, head, theta) for t in traces]
+        for head, theta in tune_thresholds(traces, records, tolerance, refractory_s=self.cfg.eval.refractory_s).items(): traces = [with_threshold(t, head, theta) for t in traces]
         scores = score_traces(traces, records, tolerance)
         return dict(stream_failed=found.count(None)) | {f'stream_{c}': scores[c] or 0. for c in COLUMNS}
 
-# %% ../nbs/13_train.ipynb #7525249d
+# %% ../nbs/13_train.ipynb #82bc6a99
 def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | None:
     "The feature store of a training, if it has one; raises `InputError` if it does not hold all of its videos."
     if not args.features: return None
@@ -81,14 +81,14 @@ def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | 
         except InputError as e: raise InputError(f'train.features: {len(missing)} of {len(store)} videos are missing; {e}') from None
     return store
 
-# %% ../nbs/13_train.ipynb #10595a67
+# %% ../nbs/13_train.ipynb #718c4182
 def validation_scenes(cfg, args) -> list:
     "The validation scenes that a training is evaluated on; none, and then no evaluation, if there are none."
     if args.eval_strategy == 'no': return []
     scenes = load_scenes(cfg.data, 'validation')
     return [scenes[i] for i in range(min(len(scenes), args.eval_videos))]
 
-# %% ../nbs/13_train.ipynb #c95e5e61
+# %% ../nbs/13_train.ipynb #eca183b8
 METRICS = ('eval_loss', *(f'eval_loss_{part}' for part in PARTS), *(f'eval_stream_{column}' for column in COLUMNS))
 
 def check_watching(args:DSTTrainingArguments):
@@ -111,7 +111,7 @@ def check_fit(cfg, args:DSTTrainingArguments, model):
                          'set train.glimpses=0')
     if args.eval_strategy != 'no': runner_options(cfg, model, dict(speak=.5, update=.5))
 
-# %% ../nbs/13_train.ipynb #9f6be5eb
+# %% ../nbs/13_train.ipynb #63b72864
 def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
     "The trainer of a configuration: its model, rows, frozen parts and evaluation."
     check_watching(args)
@@ -147,7 +147,7 @@ def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
                          'set train.eval_strategy=no train.load_best_model_at_end=false')
     return trainer
 
-# %% ../nbs/13_train.ipynb #460bf831
+# %% ../nbs/13_train.ipynb #272301b8
 def longest_row(data:DSTStreamDataset) -> dict:
     "The tokens, frames, labelled words and steps of the longest row of a training."
     row = data.stream(max(range(len(data)), key=data.lengths.__getitem__), data.rng(0), look=False)
@@ -156,7 +156,7 @@ def longest_row(data:DSTStreamDataset) -> dict:
     return dict(tokens=fullest, frames=round(share*len(row['frame_positions'])), words=round(share*int((row['labels'] != -100).sum())),
                 steps=row['told'].shape[1])
 
-# %% ../nbs/13_train.ipynb #b31e9113
+# %% ../nbs/13_train.ipynb #5cdacead
 def dry_run(trainer) -> str:
     "What a training would need, as text."
     args, data, model, ranks = trainer.args, trainer.train_dataset, trainer.model, trainer.accelerator.num_processes
@@ -186,7 +186,7 @@ def dry_run(trainer) -> str:
         lines.append(', '.join(f'{name} over 4 GPUs: {nbytes/1e9:.1f} GB each' for name, nbytes in shared.items()))
     return '\n'.join(lines)
 
-# %% ../nbs/13_train.ipynb #5bbda3d3
+# %% ../nbs/13_train.ipynb #5146d68d
 def show_dry_run(cfg):
     "Print what a training would need; nothing is left behind."
     if not torch.cuda.is_available():                        # bf16 would be refused without a GPU, but is only reckoned with here
@@ -197,7 +197,7 @@ def show_dry_run(cfg):
         line = check_ranks(trainer)
         if trainer.is_world_process_zero(): print(f'{dry_run(trainer)}\n{line}; this was a dry run, nothing was trained')
 
-# %% ../nbs/13_train.ipynb #14369bf0
+# %% ../nbs/13_train.ipynb #c62c5471
 def learning_keys(train) -> dict:
     "What of the group `train` has a say in what is learned: not what is logged or shown, and not who loads the data."
     aside = lambda key: key.startswith(('logging_', 'dataloader_')) or key in ('report_to', 'dry_run', 'disable_tqdm')
@@ -211,7 +211,7 @@ def same_run(cfg, out:Path) -> bool:
     if any(before.get(group) != cfg[group] for group in ('model', 'data')): return False
     return learning_keys(before.get('train', {})) == learning_keys(cfg.train)
 
-# %% ../nbs/13_train.ipynb #64a290ea
+# %% ../nbs/13_train.ipynb #5246b8eb
 def move_aside(out:Path):
     "Make room in `out` for another run: what was trained by the other configuration, finished or not, is renamed."
     if last_whole_checkpoint(out/'trainer')[0] is None: shutil.rmtree(out/'trainer', ignore_errors=True)
@@ -221,21 +221,21 @@ def move_aside(out:Path):
         os.replace(out/name, out/f'{name}-before-{n}')
         print(f'{out}/{name} is of another configuration; it is {name}-before-{n} now', flush=True)
 
-# %% ../nbs/13_train.ipynb #7c2e36c2
+# %% ../nbs/13_train.ipynb #8929a3f6
 def disk_is_full(error:Exception) -> bool:
     "Is this how the libraries say that nothing more can be written?"
     if isinstance(error, OSError): return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     words = 'No space left', 'quota exceeded', 'File too large', 'PytorchStreamWriter failed', 'file write failed'
     return isinstance(error, SafetensorError | RuntimeError) and any(w in str(error) for w in words)
 
-# %% ../nbs/13_train.ipynb #1ca63c95
+# %% ../nbs/13_train.ipynb #69be30e2
 def how_to_go_on(trainer) -> str:
     "What is left of a run that was stopped; half of a checkpoint is removed."
     last, _ = last_whole_checkpoint(trainer.args.output_dir)
     if last is None: return f'stopped at step {trainer.state.global_step}, before the first checkpoint: the same command begins anew'
     return f'stopped at step {trainer.state.global_step}; {last} is whole: the same command goes on from there'
 
-# %% ../nbs/13_train.ipynb #677f21fa
+# %% ../nbs/13_train.ipynb #f513636d
 def finish(trainer, last:str):
     "Take over what a run had reached that was killed while it saved its last checkpoint: the trainer itself would take one step too many."
     trainer.state = TrainerState.load_from_json(Path(last)/'trainer_state.json')
@@ -246,7 +246,7 @@ def finish(trainer, last:str):
     if is_adapted(trainer.model): load_adapter(trainer.model, folder)
     else: load_weights(trainer.model, folder/'model.safetensors')
 
-# %% ../nbs/13_train.ipynb #9416cd2f
+# %% ../nbs/13_train.ipynb #912375d7
 def run(trainer, last:str|None):
     "Train from the checkpoint `last`, or from the beginning."
     first = trainer.is_world_process_zero()
@@ -259,7 +259,7 @@ def run(trainer, last:str|None):
         if not disk_is_full(e): raise
         raise InputError(f'{trainer.args.output_dir}: the disk is full; {how_to_go_on(trainer)}, when there is room') from None
 
-# %% ../nbs/13_train.ipynb #eaf0b51a
+# %% ../nbs/13_train.ipynb #22653f9c
 def training_facts(cfg, trainer) -> dict:
     "What the model card says of a training."
     state = trainer.state
@@ -269,7 +269,7 @@ def training_facts(cfg, trainer) -> dict:
     return dict(data=cfg.data.name, streams=len(trainer.train_dataset), steps=state.global_step, checkpoint_of_step=kept,
                 seed=trainer.args.seed, learning_rate=trainer.args.learning_rate, lora_rank=trainer.args.lora_rank, metrics=metrics)
 
-# %% ../nbs/13_train.ipynb #042d3bf2
+# %% ../nbs/13_train.ipynb #076a20ea
 def gather_weights(trainer) -> dict | None:
     "All weights of a sharded model on the first rank; None where it is whole anyway."
     acc = trainer.accelerator
@@ -285,7 +285,7 @@ def save_result(trainer, out:Path, facts:dict, state_dict:dict|None=None):
         model, state_dict = merged(model), None
     save_model(model, trainer.layout, out/'checkpoint', facts, state_dict)
 
-# %% ../nbs/13_train.ipynb #aa1a25e8
+# %% ../nbs/13_train.ipynb #b9e48569
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
     out = Path(cfg.output_dir)
@@ -313,7 +313,7 @@ def train(cfg) -> DSTTrainer | None:
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/13_train.ipynb #5c88cbe4
+# %% ../nbs/13_train.ipynb #51276f37
 USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
@@ -326,5 +326,5 @@ def main(argv=None):
     train(parse_cli(argv, USAGE))
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/13_train.ipynb #0fc80f79
+# %% ../nbs/13_train.ipynb #e99c6b8a
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -26,8 +26,8 @@ def reader():
 
 
 def check(reader, scene, folder, forgets=False, **options):
-    """Stream the oracle's answers on a scene, by way of a file → its trace, and nothing but perfect scores. Where the context `forgets` the state,
-    the oracle has to say it again, and these decisions are no changes."""
+    """Stream the answers of the oracle on a scene, by way of a file → its trace, and nothing but perfect scores. Where the context `forgets`
+    the state, the oracle has to say it again, and these decisions are no changes."""
     trace = read_trace(write_trace(stream_oracle(*reader, scene.record, scene.frames(), **options), folder/'trace.json'))
     for f in trace.frames: f.latency_ms = f.decision_ms = 0.; f.first_token_ms = None      # that it takes its time is no error
     scores = score_all(tally(trace, scene.record).counts, dict(speaking_f1=1, update_f1=1, joint_goal_accuracy=1))
