@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/ruff check
-	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q -n 2 --dist loadfile tests
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir=nbs

@@ -98,6 +98,7 @@ th,td{padding:.3rem .6rem;text-align:right;vertical-align:top;border-bottom:1px 
 thead th{font-weight:600;border-bottom:2px solid var(--ink);white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff;font-weight:500}
 td.what,th.what{text-align:left;white-space:normal;min-width:14rem;color:var(--soft)}
+td.left,th.left{text-align:left}
 tr.group td{color:var(--soft);font-size:.82rem;padding-top:.9rem;border-bottom:0;font-weight:400}
 tr.model td,tr.model td:first-child{background:#eaf3fa;font-weight:600}
 tr.model td.what{font-weight:400}
@@ -162,9 +163,9 @@ def comparisons_html(comparisons) -> str:
         difference = '–' if c['difference'] is None else f"{c['difference']:+.3f}"
         verdict = f"<span class='{c['verdict'].split()[0]}'>{html.escape(c['verdict'])}</span>"
         why, measure = f" ({html.escape(c['why'])})" if c['why'] else '', html.escape(SUMMARY.get(c['column'], c['column']))
-        return (f"<tr><td>{row_name(c['row'])}</td><td class='what'>{row_name(c['other'])}</td><td>{c['videos']}</td><td>{measure}</td>"
+        return (f"<tr><td>{row_name(c['row'])}</td><td class='left'>{row_name(c['other'])}</td><td>{c['videos']}</td><td>{measure}</td>"
                 f"<td>{difference}</td><td>{span}</td><td class='what'>{verdict}{why}</td></tr>")
-    head = ("<th>row</th><th class='what'>against</th><th>videos</th><th>measure</th><th>difference</th><th>95 % interval</th>"
+    head = ("<th>row</th><th class='left'>against</th><th>videos</th><th>measure</th><th>difference</th><th>95 % interval</th>"
             "<th class='what'>the row is</th>")
     return wide_table(head, map(line, comparisons))
 

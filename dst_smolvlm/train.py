@@ -58,7 +58,8 @@ class StreamingValidation:
         with torch.compiler.set_stance('force_eager'): found = self.traces(trainer)         # a cache has another length at every frame
         records, tolerance = [s.record for s in self.scenes], self.cfg.eval.tolerance_s
         traces = [baseline_trace('always_silent', r) if t is None else t for t, r in zip(found, records)]
-        for head, theta in tune_thresholds(traces, records, tolerance, refractory_s=self.cfg.eval.refractory_s).items(): traces = [with_threshold(t, head, theta) for t in traces]
+        tuned = tune_thresholds(traces, records, tolerance, refractory_s=self.cfg.eval.refractory_s)
+        for head, theta in tuned.items(): traces = [with_threshold(t, head, theta) for t in traces]
         scores = score_traces(traces, records, tolerance)
         return dict(stream_failed=found.count(None)) | {f'stream_{c}': scores[c] or 0. for c in COLUMNS}
 

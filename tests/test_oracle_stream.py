@@ -1,9 +1,13 @@
 """An oracle, streamed like any model, is perfect through the whole pipeline: records → stream → trace on disk → scores. Exactly."""
-import os
+import itertools, os
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import processes
 from dst_smolvlm.baselines import stream_oracle
 from dst_smolvlm.budget import STRATEGIES, make_strategy
 from dst_smolvlm.compare import score_all, tally
@@ -26,8 +30,8 @@ def reader():
 
 
 def check(reader, scene, folder, forgets=False, **options):
-    """Stream the answers of the oracle on a scene, by way of a file → its trace, and nothing but perfect scores. Where the context `forgets`
-    the state, the oracle has to say it again, and these decisions are no changes."""
+    """Stream the oracle on a scene, by way of a file → its trace, and nothing but perfect scores. Where the context `forgets` the state,
+    the oracle has to say it again, and these decisions are no changes."""
     trace = read_trace(write_trace(stream_oracle(*reader, scene.record, scene.frames(), **options), folder/'trace.json'))
     for f in trace.frames: f.latency_ms = f.decision_ms = 0.; f.first_token_ms = None      # that it takes its time is no error
     scores = score_all(tally(trace, scene.record).counts, dict(speaking_f1=1, update_f1=1, joint_goal_accuracy=1))
@@ -58,17 +62,49 @@ def recordings():
     return [r for r in read_records([REAL], policy='clip') if r.steps]
 
 
-def stream_recordings(reader, folder, records):
-    model = reader[0]
-    for record in records:
-        strategy = make_strategy(dict(name='summarize_with_dst', max_seq_len=None), model.config.text_config.max_position_embeddings)
-        check(reader, replay(record), folder, strategy=strategy)
-
-
 def test_the_shortest_recordings(reader, tmp_path):
-    stream_recordings(reader, tmp_path, sorted(recordings(), key=lambda r: r.duration)[:3])
+    for record in sorted(recordings(), key=lambda r: r.duration)[:3]: check(reader, replay(record), tmp_path, strategy=long_context(reader))
+
+
+def long_context(reader):
+    return make_strategy(dict(name='summarize_with_dst', max_seq_len=None), reader[0].config.text_config.max_position_embeddings)
+
+
+class Skimmer:
+    "A model that holds all places in its cache, and reads nothing: what the oracle needs of one."
+    def __init__(self, model): self.model = model
+    def __getattr__(self, name): return getattr(self.model, name)
+    def encode_frames(self, pixels): return pixels.new_zeros(1, 1, self.model.config.text_config.hidden_size)
+    def answer(self, asks, layout):
+        for ask in asks:
+            cache, (ids, _) = ask.memory.cache, ask.memory.take()
+            counts = np.zeros(cache.rows, int); counts[ask.memory.row] = len(ids)
+            cache.lengths, cache.next_position = cache.lengths + counts, cache.next_position + counts
+        return [None]*len(asks)
+
+
+@dataclass
+class Dark:
+    "A record whose frames are all black."
+    record: object
+    def frames(self): return itertools.repeat(np.zeros((8, 8, 3), np.uint8), self.record.num_frames())
+
+
+def part_of_the_recordings(part, parts, folder):
+    torch.set_num_threads(1)
+    model, layout = build_tiny(dict(hidden_size=32, layers=1, vision_size=32, image_size=64))
+    reader, seen = (Skimmer(model.eval()), layout), 0
+    for record in recordings()[part::parts]:
+        check(reader, Dark(record), folder, strategy=long_context(reader)); seen += 1
+    (folder/f'seen{part}').write_text(str(seen))
 
 
 @pytest.mark.slow
-def test_every_recording(reader, tmp_path):
-    stream_recordings(reader, tmp_path, recordings())
+def test_every_recording(tmp_path):
+    "All of them, in two processes, through everything but the layers of a model."
+    folders = [tmp_path/str(k) for k in range(2)]
+    for f in folders: f.mkdir()
+    running = [processes.start(tmp_path/f'log{k}', part_of_the_recordings, k, 2, folder) for k, folder in enumerate(folders)]
+    for p in running: p.join()
+    assert [p.exitcode for p in running] == [0, 0], [(tmp_path/f'log{k}').read_text()[-3000:] for k in range(2)]
+    assert sum(int((folder/f'seen{k}').read_text()) for k, folder in enumerate(folders)) == len(recordings()) >= 100
