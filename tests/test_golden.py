@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dst_smolvlm import metrics, records, state
+from dst_smolvlm import matching, records, state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,17 +51,17 @@ def test_matching():
         matchings = []
         for case in golden['cases']:
             where, expected = f"{path.name} {case['name']}", case['expected']
-            assert metrics.WINDOWS[case['dataset']] == tuple(case['window_s']), where
+            assert matching.WINDOWS[case['dataset']] == tuple(case['window_s']), where
             gen, ref = ({t['frame']: t['text'] for t in case[k]} for k in ('gen', 'ref'))
-            m = metrics.match_predictions(gen, ref, case['num_frames'], case['window_s'], case['fps'],
+            m = matching.match_predictions(gen, ref, case['num_frames'], case['window_s'], case['fps'],
                                           dist_factor=case['dist_factor'], dist_power=case['dist_power'])
             matchings.append(m)
             assert [[p.pred, p.ref] for p in m.pairs] == expected['matched'], where
             assert (m.missed, m.redundant) == (expected['missed'], expected['redundant']), where
             assert [p.cost for p in m.pairs] == pytest.approx(case['expected_match_costs'], abs=1e-5), where
-            _same_scores(metrics.speaking_metrics(m), expected, case['expected_counts'], keys, where)
+            _same_scores(matching.speaking_metrics(m), expected, case['expected_counts'], keys, where)
         pooled = golden['pooled']
-        _same_scores(metrics.speaking_metrics(*matchings), pooled['metrics'], pooled['counts'], keys, f'{path.name} pooled')
+        _same_scores(matching.speaking_metrics(*matchings), pooled['metrics'], pooled['counts'], keys, f'{path.name} pooled')
 
 
 def _same_scores(scores: dict, expected: dict, counts: dict, keys: list[str], where: str):
