@@ -26,14 +26,14 @@ from .config import InputError, atomic_write, environment, parse_cli, run_cli, s
 from .dataset import DSTStreamDataset, StreamCollator, load_scenes
 from .lanes import timeline_figure
 from .language_metrics import Idf, load_encoder, signatures
-from .matching import window_of
+from .matching import count_matches, window_of
 from .metrics import Language, score_counts
 from .model import checkpoint_hash, load_pretrained
 from .predictions import read_predictions
 from .report import format_rows, leaderboard_markdown, report_html
 from .split import CODE, join_ranks, knows_truth, stream_scenes, suited, variants_of
 from .stream import backbone_dtype, given_thresholds, pick_device, prepare
-from .thresholds import RESTREAM_NOTE, best_threshold, count_matches, f1_figure, pr_figure, probabilities, reliability_figure
+from .thresholds import RESTREAM_NOTE, best_threshold, f1_figure, pr_figure, probabilities, reliability_figure
 from .trace import reference_speech
 
 # %% ../nbs/13_evaluate.ipynb #ef295f88

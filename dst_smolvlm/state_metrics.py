@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'OVERLAPS', 'WHY_UNDEFINED', 'joint_goal_accuracy', 'slot_accuracy', 'relative_slot_counts',
-           'class_counts', 'hold', 'transition_table', 'change_counts', 'granular_change_accuracy', 'count_pairs',
-           'transition_pairs', 'count_legal', 'change_sequences', 'edit_distance', 'segments', 'segment_overlap',
-           'segment_pairs', 'count_states', 'score_states', 'class_prf']
+           'class_counts', 'hold', 'transition_table', 'change_counts', 'granular_change_accuracy', 'transition_pairs',
+           'count_legal', 'change_sequences', 'edit_distance', 'segments', 'segment_overlap', 'segment_pairs',
+           'count_states', 'score_states', 'class_prf']
 
-# %% ../nbs/12_matching_states.ipynb #18b9d1e0
+# %% ../nbs/12_matching_states.ipynb #7cd4113a
 from collections import Counter
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from .config import InputError
-from .matching import PRF, ratio
+from .matching import PRF, count_matches, ratio
 from .state import IN_PROGRESS, STATE_NAMES, Transition, is_legal
 
-# %% ../nbs/12_matching_states.ipynb #e8ac4c55
+# %% ../nbs/12_matching_states.ipynb #700946b1
 def joint_goal_accuracy(
     pred: np.ndarray,   # [T, S]
     true: np.ndarray    # [T, S]
@@ -26,12 +26,12 @@ def joint_goal_accuracy(
     "The share of frames with every step right; None without frames or without steps."
     return ratio(int((np.asarray(pred) == true).all(axis=1).sum()), len(true)) if np.size(true) else None
 
-# %% ../nbs/12_matching_states.ipynb #15d95f1e
+# %% ../nbs/12_matching_states.ipynb #fd87baa6
 def slot_accuracy(pred: np.ndarray, true: np.ndarray) -> float|None:
     "The share of (frame, step) cells that are right; None without cells."
     return ratio(int((np.asarray(pred) == true).sum()), np.size(true))
 
-# %% ../nbs/12_matching_states.ipynb #5b67dc71
+# %% ../nbs/12_matching_states.ipynb #a8c15188
 def relative_slot_counts(
     pred: np.ndarray,      # [T, S], -1: nothing is believed
     true: np.ndarray       # [T, S]
@@ -42,7 +42,7 @@ def relative_slot_counts(
     total, right = started.sum(1), (started & (pred == true)).sum(1)
     return float((right[total > 0]/total[total > 0]).sum()), int((total > 0).sum())
 
-# %% ../nbs/12_matching_states.ipynb #12e2b433
+# %% ../nbs/12_matching_states.ipynb #9a27fed9
 def class_counts(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     "True positives, false positives and false negatives over the cells, [3 states, 3]; -1 in `pred` is no state."
     cells = 4*np.asarray(true, dtype=np.int64) + np.asarray(pred) + 1
@@ -50,7 +50,7 @@ def class_counts(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     tp = np.diagonal(confusion[:, 1:])
     return np.stack([tp, confusion[:, 1:].sum(0) - tp, confusion.sum(1) - tp], axis=1)
 
-# %% ../nbs/12_matching_states.ipynb #1af35717
+# %% ../nbs/12_matching_states.ipynb #0ed40ee1
 def hold(
     pred: np.ndarray    # [T, S], -1: nothing is believed
 ) -> np.ndarray:        # [T, S] without -1
@@ -60,7 +60,7 @@ def hold(
     last = np.maximum.accumulate(np.where(pred >= 0, np.arange(len(pred))[:, None], -1), axis=0)
     return np.where(last >= 0, np.take_along_axis(pred, last.clip(0), axis=0), 0)
 
-# %% ../nbs/12_matching_states.ipynb #fb08dd5c
+# %% ../nbs/12_matching_states.ipynb #5a7db516
 _before = lambda states: np.concatenate([np.zeros_like(states[:1]), states[:-1]])
 
 def transition_table(
@@ -75,7 +75,7 @@ def transition_table(
     table = np.concatenate([table, jumps])
     return table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
 
-# %% ../nbs/12_matching_states.ipynb #d3f16b1b
+# %% ../nbs/12_matching_states.ipynb #33763554
 def change_counts(
     pred: np.ndarray,                  # [T, S], -1: nothing is believed
     true: np.ndarray                   # [T, S]
@@ -88,7 +88,7 @@ def change_counts(
     correct, over, missed = int((p == t).sum()), int(((p > 0) & (t == 0)).sum()), int(((p <= 0) & (p != t)).sum())
     return correct, len(p) - correct - missed - over, missed, over
 
-# %% ../nbs/12_matching_states.ipynb #7f160b02
+# %% ../nbs/12_matching_states.ipynb #03167939
 def granular_change_accuracy(
     correct: int, wrong: int, missed: int, over: int,
     alpha: float=10/11       # the weight of the values; the authors' published code uses 10/11
@@ -98,17 +98,7 @@ def granular_change_accuracy(
     if not P + R: return None
     return (P + R)*correct*(correct + wrong)/((P*P + R*R)*(correct + alpha*wrong)) if correct else 0.
 
-# %% ../nbs/12_matching_states.ipynb #bc810d8c
-def count_pairs(pred: list[int], ref: list[int], tolerance: int) -> int:
-    "The largest number of one-to-one pairs at most `tolerance` apart; both lists in ascending order."
-    i = j = pairs = 0
-    while i < len(pred) and j < len(ref):
-        if pred[i] < ref[j] - tolerance: i += 1
-        elif pred[i] > ref[j] + tolerance: j += 1
-        else: i, j, pairs = i + 1, j + 1, pairs + 1
-    return pairs
-
-# %% ../nbs/12_matching_states.ipynb #bd3ef9b2
+# %% ../nbs/12_matching_states.ipynb #6990e972
 def transition_pairs(
     pred: np.ndarray, true: np.ndarray,   # [N, 4] and [M, 4], of `transition_table`
     num_frames: int, tolerance: int       # frames
@@ -116,9 +106,9 @@ def transition_pairs(
     "The largest number of pairs of equal transitions of the same step at most `tolerance` frames apart."
     apart = num_frames + tolerance
     places = [np.sort((9*t[:, 1] + 3*t[:, 2] + t[:, 3])*apart + t[:, 0]).tolist() for t in (pred, true)]
-    return count_pairs(*places, tolerance)
+    return count_matches(*places, tolerance)
 
-# %% ../nbs/12_matching_states.ipynb #5f0ccc75
+# %% ../nbs/12_matching_states.ipynb #a51eebf4
 _LEGAL = np.array([[is_legal(Transition(0, b, a)) for a in range(3)] for b in range(3)])   # [before, after]
 
 def count_legal(
@@ -127,7 +117,7 @@ def count_legal(
     "How many of the transitions are legal."
     return int(_LEGAL[table[:, 2], table[:, 3]].sum())
 
-# %% ../nbs/12_matching_states.ipynb #bacf4f78
+# %% ../nbs/12_matching_states.ipynb #b4249fa0
 def change_sequences(
     pred: np.ndarray, true: np.ndarray   # [T, S]
 ) -> tuple[list[int], list[int]]:        # symbols, one per transition
@@ -144,7 +134,7 @@ def change_sequences(
     ordered = lambda here, there: [symbol for symbol, k in sorted(here, key=lambda e: (here[e], there.get(e, np.inf)))]
     return ordered(*sides), ordered(*sides[::-1])
 
-# %% ../nbs/12_matching_states.ipynb #751cef6a
+# %% ../nbs/12_matching_states.ipynb #a8d619ec
 def edit_distance(a: list[int], b: list[int]) -> int:
     "Levenshtein's distance of two sequences of symbols."
     short, long = sorted((a, b), key=len)
@@ -155,7 +145,7 @@ def edit_distance(a: list[int], b: list[int]) -> int:
         row = np.minimum.accumulate(row - grid) + grid
     return int(row[-1])
 
-# %% ../nbs/12_matching_states.ipynb #a14ff30b
+# %% ../nbs/12_matching_states.ipynb #2ad07bfe
 def segments(
     states: np.ndarray   # [T, S]
 ) -> np.ndarray:         # [N, 3]: step, first frame, frame after the last
@@ -166,7 +156,7 @@ def segments(
     step, frame = np.nonzero(inside[:, 1:] != inside[:, :-1])                       # beginning, end, beginning, …
     return np.stack([step[::2], frame[::2], frame[1::2]], axis=1)
 
-# %% ../nbs/12_matching_states.ipynb #49fc613c
+# %% ../nbs/12_matching_states.ipynb #94eb736c
 def segment_overlap(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     "Intersection over union [N, M] of segments ([N, 3] and [M, 3]); 0 for those of different steps."
     p, t = pred[:, None], true[None]
@@ -178,7 +168,7 @@ def segment_pairs(overlap: np.ndarray, threshold: float) -> int:
     fits = overlap >= threshold
     return int(fits[linear_sum_assignment(fits, maximize=True)].sum())
 
-# %% ../nbs/12_matching_states.ipynb #ffbf12ef
+# %% ../nbs/12_matching_states.ipynb #8a47b886
 TOLERANCES = {'05s': .5, '1s': 1., '2s': 2., '5s': 5.}    # seconds
 OVERLAPS = {'10': .1, '25': .25, '50': .5}                # intersection over union
 
@@ -205,7 +195,7 @@ def count_states(
     for k, share in OVERLAPS.items(): n[f'state_segments_paired_{k}'] = segment_pairs(segment_overlap(*runs), share)
     return n
 
-# %% ../nbs/12_matching_states.ipynb #ae7524fa
+# %% ../nbs/12_matching_states.ipynb #42eb2dad
 def _checked(pred, true, fps: float) -> tuple[np.ndarray, np.ndarray]:
     "Both as int8 [T, S]; `InputError` if they are not states of the same frames and steps."
     pred, true = np.asarray(pred), np.asarray(true)
@@ -217,7 +207,7 @@ def _checked(pred, true, fps: float) -> tuple[np.ndarray, np.ndarray]:
     if not fps > 0: raise InputError(f'fps: {fps}, but must be above 0; take it from the trace')
     return pred.astype(np.int8), true.astype(np.int8)
 
-# %% ../nbs/12_matching_states.ipynb #1a3ac683
+# %% ../nbs/12_matching_states.ipynb #663d4116
 _f1 = lambda tp, total: ratio(2*tp, total)
 
 def score_states(
@@ -240,7 +230,7 @@ def score_states(
     for k in OVERLAPS: scores[f'segmental_f1_{k}'] = _f1(n[f'state_segments_paired_{k}'], segments)
     return scores
 
-# %% ../nbs/12_matching_states.ipynb #ee8d3cda
+# %% ../nbs/12_matching_states.ipynb #d87a7486
 def class_prf(counts: Counter) -> dict[str, PRF]:
     "Precision, recall and F1 over the cells for each state."
     return {s: PRF.from_counts(*(counts[f'state_{s}_{k}'] for k in ('tp', 'fp', 'fn'))) for s in STATE_NAMES}
