@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['THRESHOLD_GRID', 'COLUMNS', 'USAGE', 'not_at_once', 'tune_thresholds', 'with_threshold', 'tune_variants',
-           'perplexity', 'make_language', 'check_scoring', 'all_rows', 'processor', 'short_hash', 'hash_file',
-           'hash_scenes', 'describe_run', 'threshold_figures', 'write_results', 'find_checkpoint', 'evaluate', 'main']
+           'perplexity', 'make_language', 'chosen_window', 'wordless_references', 'check_scoring', 'all_rows',
+           'processor', 'short_hash', 'hash_file', 'hash_scenes', 'describe_run', 'threshold_figures', 'write_results',
+           'find_checkpoint', 'evaluate', 'main']
 
-# %% ../nbs/13_evaluate.ipynb #0361abb9
+# %% ../nbs/13_evaluate.ipynb #3dfaf560
 import hashlib, json, math, os, platform, shlex
 from collections import Counter
 from pathlib import Path
@@ -19,14 +20,15 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
+from .annotation import RecordError
 from .baselines import BASELINES, baseline_trace
 from .bootstrap import resample
 from .compare import calibration, combined_score, compare_rows, curves, make_row, tally_all
 from .config import InputError, atomic_write, environment, parse_cli, run_cli, save_config
 from .dataset import DSTStreamDataset, StreamCollator, load_scenes
 from .lanes import timeline_figure
-from .language_metrics import Idf, load_encoder, signatures
-from .matching import count_matches, window_of
+from .language_metrics import Idf, load_encoder, signatures, words
+from .matching import WINDOWS, count_matches, window_of
 from .metrics import Language, score_counts
 from .model import checkpoint_hash, load_pretrained
 from .predictions import read_predictions
@@ -36,7 +38,7 @@ from .stream import backbone_dtype, given_thresholds, pick_device, prepare
 from .thresholds import RESTREAM_NOTE, best_threshold, f1_figure, pr_figure, probabilities, reliability_figure
 from .trace import reference_speech
 
-# %% ../nbs/13_evaluate.ipynb #ef295f88
+# %% ../nbs/13_evaluate.ipynb #1471c162
 THRESHOLD_GRID = np.concatenate([[.001, .002, .005, .01, .02], np.arange(.05, 1., .05), [.98, .99, .995, .999]])
 
 def not_at_once(fired:np.ndarray, heard, quiet_frames:float) -> np.ndarray:
@@ -71,7 +73,7 @@ def with_threshold(trace, head:str, theta:float):
     if head == 'speak': frames = [f.model_copy(update={'text': (f.text or '…') if f.speak_prob >= theta else None}) for f in frames]
     return trace.model_copy(update=dict(meta=meta, frames=frames))
 
-# %% ../nbs/13_evaluate.ipynb #e54f3251
+# %% ../nbs/13_evaluate.ipynb #80b785a4
 def tune_variants(checkpoint, variants, scenes, cfg, out, ranks) -> tuple[dict, str]:
     """Thresholds by the variant's name, tuned on its own streams of the validation `scenes` or as configured; and where they come from."""
     given = given_thresholds(cfg)
@@ -90,22 +92,22 @@ def tune_variants(checkpoint, variants, scenes, cfg, out, ranks) -> tuple[dict, 
     elif open_: source = f"{source + '; ' if source else ''}{' and '.join(open_)} left at .5, as there are no validation videos"
     return thresholds | {v.name: thresholds[v.like] for v in like}, source
 
-# %% ../nbs/13_evaluate.ipynb #f71d5c1e
+# %% ../nbs/13_evaluate.ipynb #ac619159
 def perplexity(checkpoint, scenes, cfg) -> float|None:
     "exp of the mean negative log-likelihood of the tokens that the assistant of the reference says; None if it says nothing."
     model, layout = load_pretrained(checkpoint, dtype=backbone_dtype(cfg), device=pick_device(cfg))
     model, size, limit = prepare(model, cfg), model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
     plain = dict(corrupt_told=0, drop_replies=0, from_middle=0, dialogues=0, glimpses=0)
     clips = DSTStreamDataset(scenes, layout, size, min(limit, 4096), split_long=True, **plain)
-    collate, surprise, words = StreamCollator(layout.tokenizer.pad_token_id), 0., 0
+    collate, surprise, said = StreamCollator(layout.tokenizer.pad_token_id), 0., 0
     for k in tqdm(range(len(clips)), desc='perplexity', leave=False):
         batch = {key: v.to(model.device) if torch.is_tensor(v) else v for key, v in collate([clips[k]]).items()}
         with torch.inference_mode(): out = model(**batch)
         surprise += F.cross_entropy(out.lm_logits.float(), out.lm_targets, reduction='sum').item()
-        words += len(out.lm_targets)
-    return math.exp(surprise/words) if words else None
+        said += len(out.lm_targets)
+    return math.exp(surprise/said) if said else None
 
-# %% ../nbs/13_evaluate.ipynb #8285a2a7
+# %% ../nbs/13_evaluate.ipynb #0a37e241
 COLUMNS = ('speaking_f1', 'update_f1', 'joint_goal_accuracy', 'slot_accuracy', 'response_names_step')      # what a training watches
 
 def make_language(cfg, records) -> Language:
@@ -116,18 +118,30 @@ def make_language(cfg, records) -> Language:
     encoder.encode_all(references)
     return Language(encoder, encoder.name, Idf(references))
 
+def chosen_window(cfg) -> tuple|None:
+    "The window that the configuration names or gives in seconds; None is each dataset's own."
+    window = OmegaConf.to_container(cfg.eval)['window']
+    if window is None or window in list(WINDOWS): return WINDOWS.get(window)
+    good = isinstance(window, list) and len(window) == 2 and all(type(w) in (int, float) for w in window) and window[0] <= 0 <= window[1]
+    if not good: raise InputError(f'eval.window={window}: must be [left, right] in seconds, for example [-1.5, 2.5], '
+                                  f"or one of {', '.join(WINDOWS)}")
+    return tuple(window)
+
+def wordless_references(cfg, records) -> list[RecordError]:
+    "Replies of the reference that have no words: they are matched, and get no scores of words."
+    where, why = cfg.data.get('path') or cfg.data.name, 'a reply of the reference without words; it gets no scores of words'
+    return [RecordError(where, why, r.uid, f'turn at {f/r.fps:g} s', text, warning=True)
+            for r in records for f, text in reference_speech(r).items() if not words(text)]
+
 def check_scoring(cfg, taken) -> dict:
     "The options of `tally` but for the language; raises `InputError` for what could not be scored. `taken` are names of rows."
-    window = OmegaConf.to_container(cfg.eval)['window']
-    good = isinstance(window, list) and len(window) == 2 and all(type(w) in (int, float) for w in window) and window[0] <= 0 <= window[1]
-    if window is not None and not good: raise InputError(f'eval.window={window}: must be [left, right] in seconds, for example [-1.5, 2.5]')
     for key in ('tolerance_s', 'bootstrap', 'pictures', 'controls'):
         if not cfg.eval[key] >= 0: raise InputError(f'eval.{key}={cfg.eval[key]}: must be at least 0')
     combined_score(score_counts(Counter()), dict(cfg.eval.weights or {}))
     for name, path in (cfg.eval.predictions or {}).items():
         if not path: raise InputError(f'eval.predictions.{name}={path}: name a file')
         if name in taken: raise InputError(f'eval.predictions.{name}: there is a row of this name already')
-    return dict(tolerance_s=cfg.eval.tolerance_s, window=window and tuple(window))
+    return dict(tolerance_s=cfg.eval.tolerance_s, window=chosen_window(cfg))
 
 def all_rows(streamed:dict, elsewhere:dict, variants, scenes, cfg, options) -> tuple[dict, dict, list]:
     """Rows and tallies by name, and how they differ, of what was `streamed` {name: traces} and predicted `elsewhere`; `options` of `tally`.
@@ -153,7 +167,7 @@ def all_rows(streamed:dict, elsewhere:dict, variants, scenes, cfg, options) -> t
         compared += compare_rows(tallies, name, ['event_order'], weights, draws, ('joint_goal_accuracy',))
     return made, tallies, compared
 
-# %% ../nbs/13_evaluate.ipynb #67c57378
+# %% ../nbs/13_evaluate.ipynb #5b268207
 def processor() -> str:
     "The name of the processor, if the system tells."
     lines = Path('/proc/cpuinfo').read_text().splitlines() if os.path.exists('/proc/cpuinfo') else ()
@@ -184,7 +198,7 @@ def describe_run(cfg, checkpoint, variants, thresholds, source, test, validation
         training_seed=OmegaConf.load(trained).train.seed if trained and trained.is_file() else None, data_seed=cfg.data.get('seed'),
         bootstrap_seed=0, tolerance_s=cfg.eval.tolerance_s, thresholds_from=source, clock=cfg.eval.clock or 'the video waits',
         strategy=cfg.context_strategy.name + knows_truth(cfg.context_strategy), refractory_s=cfg.eval.refractory_s,
-        window=f'{tuple(cfg.eval.window)} s' if cfg.eval.window else windows, encoder=language.name,
+        window=f'{chosen_window(cfg)} s' if cfg.eval.window else windows, encoder=language.name,
         intervals=f'95 %, {cfg.eval.bootstrap} paired resamplings of the videos' if cfg.eval.bootstrap and videos > 1 else '',
         device=pick_device(cfg), dtype=cfg.eval.dtype, hardware=f"{processor()}, {made['hardware']}", processes=ranks.num_processes,
         streams_at_once=cfg.eval.workers or 'one for each core or GPU', python=made['python'], hashes=hashes,
@@ -192,7 +206,7 @@ def describe_run(cfg, checkpoint, variants, thresholds, source, test, validation
         signatures=signatures(language.similarity), filter=OmegaConf.to_container(cfg.eval).get('filter'),
         context_strategy=OmegaConf.to_container(cfg.context_strategy))
 
-# %% ../nbs/13_evaluate.ipynb #5faa30b8
+# %% ../nbs/13_evaluate.ipynb #1db3739e
 def threshold_figures(tallies, thresholds, tolerance_s) -> tuple[list, list]:
     "Pictures of the sweeps over stored probabilities, and what they say, for the rows that have probabilities."
     figures, notes = [], [f"<p class='note'>{RESTREAM_NOTE}</p>"]
@@ -226,7 +240,7 @@ def write_results(out:Path, made, tallies, comparisons, problems, streamed, reco
     with atomic_write(out/'report.html') as f: f.write(page)
     for _, fig, _ in (*figures, *timelines): plt.close(fig)
 
-# %% ../nbs/13_evaluate.ipynb #36474e25
+# %% ../nbs/13_evaluate.ipynb #8c81a10b
 def find_checkpoint(cfg) -> Path|None:
     "The folder of the checkpoint; None where there is none and none is needed."
     checkpoint = Path(cfg.eval.checkpoint or Path(cfg.output_dir)/'checkpoint')
@@ -253,7 +267,8 @@ def evaluate(cfg, argv=()) -> dict|None:
     folder, split = out/'traces'/cfg.eval.split, cfg.eval.split
     streamed = stream_scenes(checkpoint, test, variants, thresholds, cfg, folder, split, ranks) if checkpoint else {}
     if not ranks.is_main_process: return None
-    elsewhere, problems = {name: traces for name, (traces, _) in read.items()}, [p for _, wrong in read.values() for p in wrong]
+    elsewhere = {name: traces for name, (traces, _) in read.items()}
+    problems = [p for _, wrong in read.values() for p in wrong] + wordless_references(cfg, records)
     made, tallies, comparisons = all_rows(streamed, elsewhere, variants, test, cfg, options | dict(language=language))
     if checkpoint and cfg.eval.perplexity: made['model']['perplexity'] = perplexity(checkpoint, test, cfg)
     meta = describe_run(cfg, checkpoint, variants, thresholds, source, test, validation, language, ranks, argv)
@@ -261,11 +276,11 @@ def evaluate(cfg, argv=()) -> dict|None:
     save_config(cfg, out/'evaluation')
     rows = list(made.values())
     print(format_rows(rows))
-    if problems: print(f"\n{len(problems)} entries of predictions left out, the first: {problems[0]}")
+    if problems: print(f"\n{len(problems)} entries left out, the first: {problems[0]}")
     print(f"\n{meta['videos']} {cfg.eval.split} videos; thresholds: {source}. {out/'report.html'} has intervals, comparisons and timelines")
     return dict(rows=rows, comparisons=comparisons, meta=meta)
 
-# %% ../nbs/13_evaluate.ipynb #bcc35d86
+# %% ../nbs/13_evaluate.ipynb #9decbf26
 USAGE = """usage: python -m dst_smolvlm.evaluate [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.evaluate ...                             shared among processes
 Streams the videos of eval.split with OUTPUT_DIR/checkpoint, scores them beside baselines and predictions from elsewhere, and leaves the
@@ -276,5 +291,5 @@ def main(argv=None):
     "The command: overrides → scores and report."
     evaluate(parse_cli(argv, USAGE), argv)
 
-# %% ../nbs/13_evaluate.ipynb #f933b08a
+# %% ../nbs/13_evaluate.ipynb #47aa8ac2
 if __name__ == '__main__' and '__file__' in globals(): main()

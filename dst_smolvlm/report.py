@@ -204,8 +204,8 @@ def figure_html(title:str, fig, caption:str='') -> str:
     return f"<figure><img alt='{html.escape(title, quote=True)}' src='{png_uri(fig)}'><figcaption>{caption}</figcaption></figure>"
 
 def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:Sequence[str]=(), notes=()) -> str:
-    """The self-contained report. `figures` and `timelines` are (title, figure, caption); `problems` what was left out of predictions from
-    elsewhere; `notes` (HTML) stand under the thresholds."""
+    """The self-contained report. `figures` and `timelines` are (title, figure, caption); `problems` what was left out of predictions
+    and references; `notes` (HTML) stand under the thresholds."""
     title = html.escape(f"{meta['videos']} {meta['split']} videos of {meta['data']}")
     parts = [f'<h1>{title}, streamed and scored</h1><p>{html.escape(how_read(meta))}</p>', table_html(rows, SUMMARY, what=True),
              f"<p class='note'>{READ_FIRST}</p>", undefined_html(rows)]
@@ -218,7 +218,7 @@ def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:S
     if timed := timing_html(rows):
         shared = f"{meta.get('processes', 1)} processes, streams at once: {meta.get('streams_at_once', 1)}"
         parts.append(f"<h2>Latency and cost</h2><p>{html.escape(meta.get('hardware', ''))}; {shared}.</p>{timed}")
-    if problems: parts.append(f'<h2>Left out of the predictions from elsewhere</h2>{list_html(problems)}')
+    if problems: parts.append(f'<h2>What was left out</h2>{list_html(problems)}')
     if timelines: parts.append('<h2>Timelines</h2><p>Thick lanes: predicted; thin: true; red where they differ.</p>')
     parts += [f'<h3>{html.escape(name)}</h3>{figure_html(name, fig, caption)}' for name, fig, caption in timelines]
     return PAGE.format(title=title, style=STYLE, body=''.join(parts) + made_html(meta))

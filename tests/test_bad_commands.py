@@ -116,7 +116,7 @@ def test_a_bad_value_for_training(refused, override, words): refused(train, [*TR
     ('+eval.weights.duplicate_rate=1', ['eval.weights.duplicate_rate', 'cannot be weighted']),
     ('eval.predictions.other=null', ['eval.predictions.other', 'name a file']),
     ('eval.window=[2,1]', ['eval.window=[2, 1]', 'seconds']),
-    ('eval.window=holoassist', ['eval.window=holoassist', 'seconds']),
+    ('eval.window=holoasist', ['eval.window=holoasist', 'seconds', 'holoassist']),
     ('eval.tolerance_s=-1', ['eval.tolerance_s=-1', 'at least 0']),
     ('eval.bootstrap=-5', ['eval.bootstrap=-5', 'at least 0']),
     ('eval.encoder=./nowhere', ['eval.encoder=./nowhere']),
