@@ -10,7 +10,7 @@ import argparse, json
 from pathlib import Path
 
 from dst_smolvlm.config import InputError, atomic_write, run_cli
-from dst_smolvlm.evaluate import COLUMNS
+from dst_smolvlm.metrics import COLUMNS
 
 MODEL_ROWS = ('model', 'model_head_only', 'control_grey', 'control_permuted', 'event_order')
 

@@ -11,11 +11,11 @@ import zlib
 import numpy as np
 
 from .config import InputError
-from .metrics import named_steps, names_pattern
+from .metrics import fold, named_steps, names_pattern
 from .records import VideoRecord
 from .state import IN_PROGRESS, state_changes
 from .stream import stream_record
-from .trace import Trace, oracle_trace, reference_speech, trace_from_states
+from .trace import Trace, reference_speech, trace_from_states
 
 # %% ../nbs/13_baselines.ipynb #25783339
 def listed_order(states: np.ndarray) -> np.ndarray:
@@ -25,12 +25,15 @@ def listed_order(states: np.ndarray) -> np.ndarray:
 # %% ../nbs/13_baselines.ipynb #b193279a
 def rename_steps(text: str, step_names: list[str], true: np.ndarray, believed: np.ndarray) -> str:
     "`text` with each named step replaced by the step that is believed to be in its true state ([S] each)."
-    def other(match):
+    places, out, end = [i for i, c in enumerate(text) for _ in fold(c)], '', 0               # of each folded character the one it was
+    for match in names_pattern(tuple(step_names)).finditer(fold(text)):
+        begin, after = places[match.start()], places[match.end() - 1] + 1
         step = min(named_steps(match[0], step_names))
         k = np.flatnonzero(believed == true[step])[-1 if true[step] == 2 else 0]
-        name, first = step_names[k].strip(' .'), match[0][0]
-        return match[0] if k == step else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
-    return names_pattern(tuple(step_names)).sub(other, text)
+        name, first = step_names[k].strip(' .'), text[begin]
+        other = text[begin:after] if k == step or not name else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
+        out, end = out + text[end:begin] + other, after
+    return out + text[end:]
 
 # %% ../nbs/13_baselines.ipynb #a9583e1b
 BASELINES = dict(
@@ -49,12 +52,12 @@ def baseline_trace(
     fps: float|None=None     # frames per second (default: the record's)
 ) -> Trace:
     "What a baseline would leave behind on the video of `record`."
-    truth = oracle_trace(record, fps)
-    T, true, speech, updates = len(truth.frames), truth.states, dict(truth.spoken), truth.update_frames()
+    true, speech = record.states(fps), reference_speech(record, fps)
+    T, updates, step_names = len(true), list(state_changes(true)), [s.name for s in record.steps]
     nothing, rng = np.zeros_like(true), np.random.default_rng([seed, zlib.crc32(record.uid.encode())])
     at_random = lambda n: np.flatnonzero(rng.random(T) < n/T).tolist()
     say = lambda frames: dict.fromkeys(frames, 'Keep going.')
-    if name == 'oracle': return truth
+    if name == 'oracle': states = true
     elif name == 'always_silent': states, speech, updates = nothing, {}, []
     elif name == 'always_speak': states, speech, updates = nothing, say(range(T)), range(T)
     elif name == 'prior_rate': states, speech, updates = nothing, say(at_random(len(speech))), at_random(len(updates))
@@ -62,7 +65,7 @@ def baseline_trace(
     elif name == 'previous_state': states, speech, updates = np.repeat(true[:1], T, axis=0), {}, []
     elif name == 'event_order':
         states = listed_order(true)
-        speech = {i: rename_steps(text, truth.step_names, true[i], states[i]) for i, text in speech.items()}
+        speech = {i: rename_steps(text, step_names, true[i], states[i]) for i, text in speech.items()}
     else: raise InputError(f"{name}: no such baseline; there are {', '.join(BASELINES)}")
     return trace_from_states(record, states, speech, updates, model=name, fps=fps)
 

@@ -10,7 +10,7 @@ __all__ = ['TARGETS', 'VideoScene', 'ToyScenes', 'split_records', 'load_scenes',
 
 # %% ../nbs/08_dataset.ipynb #3e1d47ea
 import hashlib, math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from .config import InputError
-from .features import FeatureStore, Video
+from .features import FeatureStore, Video, file_hash
 from .prompt import StreamLayout, layout_stream
 from .reading import NO_STEPS
 from .records import VideoRecord, load_records
@@ -35,13 +35,15 @@ class VideoScene:
     "A record whose frames are decoded from its video file."
     record: VideoRecord
     path: Path
-    def frames(self, start:int=0, stop:int|None=None) -> np.ndarray:
-        "Frames [T, H, W, 3]; a file that ends before the record does is an error that says by how much."
-        return np.stack(list(Video(self.record, self.path).frames(start, stop)))
+    def iter_frames(self, start:int=0, stop:int|None=None) -> Iterator[np.ndarray]:
+        "Frames [H, W, 3], one at a time; a file that ends before the record does is an error that says by how much."
+        return Video(self.record, self.path).frames(start, stop)
+    def frames(self, start:int=0, stop:int|None=None) -> np.ndarray: return np.stack(list(self.iter_frames(start, stop)))   # [T, H, W, 3]
     def fingerprint(self) -> str:
         "What else than the record decides what the frames show."
         stat = self.path.stat()
         return f'{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
+    def identity(self) -> str: return file_hash(self.path)           # the same wherever the file lies
     def episodes(self) -> list[tuple[float, float]]: return [s for step in self.record.steps for s in step.spans if s[0] >= 0]
 
 # %% ../nbs/08_dataset.ipynb #38355973

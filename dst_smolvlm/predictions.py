@@ -8,6 +8,7 @@ __all__ = ['HOLDS', 'read_line', 'read_states', 'read_predictions', 'as_trace']
 # %% ../nbs/12_predictions.ipynb #8d8e9fcc
 import math
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from .annotation import RecordError, VideoRecord, parse_json
 from .config import InputError
 from .state import STATE_NAMES, frame_of
-from .trace import Trace, TraceFrame, trace_from_states
+from .trace import Trace, Traces, trace_from_states
 
 # %% ../nbs/12_predictions.ipynb #432cc3b1
 HOLDS = 'text', 'states', 'speak_prob', 'update_prob'
@@ -44,21 +45,25 @@ def read_line(text:str, at:tuple, records:dict[str, list[VideoRecord]]) -> tuple
 # %% ../nbs/12_predictions.ipynb #1ed67380
 def read_states(given, record:VideoRecord, wrong) -> dict[int, int]:
     "`states` of a line as step → state; raises what `wrong(field, why)` makes."
-    steps, known = record.steps, {s.name: k for k, s in enumerate(record.steps)} | {s.id: k for k, s in enumerate(record.steps)}
+    steps = record.steps
     if isinstance(given, list):
         if len(given) != len(steps): raise wrong('states', f'has {len(given)} entries, the record {len(steps)} steps')
         given = {s.id: v for s, v in zip(steps, given)}
     if not isinstance(given, dict) or not given: raise wrong('states', 'must be a list in the order of the steps, or an object by step')
     states = {}
     for step, value in given.items():
-        if step not in known: raise wrong('states', f'{step!r} is no step of this video')
-        if type(value) is int and value in (0, 1, 2): states[known[step]] = value
-        elif value in STATE_NAMES: states[known[step]] = STATE_NAMES.index(value)
+        meant = [k for k, s in enumerate(steps) if s.id == step] or [k for k, s in enumerate(steps) if s.name == step]
+        if not meant: raise wrong('states', f'{step!r} is no step of this video')
+        ids = ', '.join(steps[k].id for k in meant)
+        if len(meant) > 1: raise wrong('states', f'{step!r} is the name of several steps; use an id: {ids}')
+        if meant[0] in states: raise wrong('states', f'{step!r} is given twice, by its name and by its id')
+        if type(value) is int and value in (0, 1, 2): states[meant[0]] = value
+        elif value in STATE_NAMES: states[meant[0]] = STATE_NAMES.index(value)
         else: raise wrong('states', f"{value!r}: choose {', '.join(STATE_NAMES)} or 0, 1, 2")
     return states
 
 # %% ../nbs/12_predictions.ipynb #3ed727ce
-def read_predictions(path, records:list[VideoRecord], name:str='') -> tuple[list[Trace], list[RecordError]]:
+def read_predictions(path, records:list[VideoRecord], name:str='') -> tuple[Traces, list[RecordError]]:
     "The predictions in `path` (JSONL) as one trace for each record, and what was left out; raises `InputError` if nothing is left."
     path = Path(path)
     try: lines = path.read_text(encoding='utf-8-sig').split('\n')
@@ -79,7 +84,8 @@ def read_predictions(path, records:list[VideoRecord], name:str='') -> tuple[list
     kinds, told = {kind for _, kind in found}, lambda uid, kind: {i: v for i, (_, v) in sorted(found[uid, kind].items())}
     needs = dict(speech={'text'}, updates={'states', 'update_prob'}, states={'states'})
     without = [what for what, some in needs.items() if not some & kinds]
-    return [as_trace(r, {kind: told(r.uid, kind) for kind in HOLDS}, name or path.stem, without) for r in records], problems
+    held = {r.uid: {kind: told(r.uid, kind) for kind in HOLDS} for r in records}
+    return Traces(tuple(partial(as_trace, r, held[r.uid], name or path.stem, without) for r in records)), problems
 
 # %% ../nbs/12_predictions.ipynb #240bedd2
 def as_trace(record:VideoRecord, held:dict[str, dict], name:str, without=()) -> Trace:
@@ -92,5 +98,5 @@ def as_trace(record:VideoRecord, held:dict[str, dict], name:str, without=()) -> 
     probs = {key: held[key] for key in ('speak_prob', 'update_prob') if held[key]}
     certain = {'speak_prob': set(held['text']), 'update_prob': set()}
     prob = lambda key, values, i: values.get(i, float(i in certain[key]))
-    frames = [TraceFrame(**f.model_dump() | {key: prob(key, values, f.index) for key, values in probs.items()}) for f in trace.frames]
+    frames = [f.model_copy(update={key: prob(key, values, f.index) for key, values in probs.items()}) for f in trace.frames]
     return trace.model_copy(update=dict(frames=frames, meta=trace.meta | dict(without=list(without))))

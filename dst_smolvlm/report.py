@@ -12,16 +12,18 @@ __all__ = ['KINDS', 'SUMMARY', 'TABLES', 'FEW', 'STYLE', 'TIMES', 'READ_DIFFEREN
 import base64, html, io, json
 from collections.abc import Sequence
 
+from .annotation import RecordError
+
 # %% ../nbs/12_report.ipynb #5de75d92
 KINDS = dict(streamed='streamed', elsewhere='from elsewhere', control='controls, which a tracker must fail', baseline='no model at all')
 SUMMARY = dict(score='score', speaking_f1='speaking F1', update_f1='update F1', joint_goal_accuracy='joint goal accuracy',
                slot_accuracy='slot accuracy', response_names_step='names the step')
 TABLES = (
-    ('Speaking', 'When it spoke. <i>Ready</i> is by the honest clock: each reply counts at the moment at which it was out. PAUC is the '
-                 'area under the best answer so far, from the event on: timeliness × correctness, honest and as if no time had passed. '
-                 '<i>AP</i> is the area under precision over recall, for all thresholds.',
+    ('Speaking', 'When it spoke. <i>Ready</i> is by the honest clock: each reply counts at the moment at which it was out (rows without '
+                 'times answer at once). PAUC is the area under the best answer so far, from the event on: timeliness × correctness, '
+                 'honest and as if no time had passed. <i>AP</i> is the area under precision over recall, at up to 200 thresholds.',
      dict(speaking_precision='precision', speaking_recall='recall', speaking_f1='F1', speaking_ap='AP', ready_f1='ready F1', pauc='PAUC',
-          pauc_ideal='PAUC (ideal)',           duplicate_rate='duplicates')),
+          pauc_ideal='PAUC (ideal)', duplicate_rate='duplicates')),
     ('Replies, matched by words and time', "ProAssist's measures: replies and reference turns are matched at minimal cost within {window} "
                  '(reference minus prediction); a pair is correct above a similarity of .5 ({encoder}). The similarity is lenient: two '
                  'sentences that differ in one colour are alike to it. <i>Names the step</i>, above, is not.',
@@ -43,8 +45,9 @@ TABLES = (
      dict(update_precision='precision', update_recall='recall', update_f1='F1', update_ap='AP', state_change_precision='belief precision',
           state_change_recall='belief recall', state_change_f1='belief F1')),
     ('Calibration', 'Probability against an event at this very frame: expected calibration error over 15 bins, and the Brier score; both '
-                 'are the better the smaller, and small for anybody where events are rare.',
-     dict(speaking_ece='speaking ECE', speaking_brier='Brier', update_ece='update ECE', update_brier='Brier')))
+                 'are the better the smaller, and small for anybody where events are rare: <i>base rate</i> is their share.',
+     dict(speaking_base_rate='speaking base rate', speaking_ece='ECE', speaking_brier='Brier', update_base_rate='update base rate',
+          update_ece='ECE', update_brier='Brier')))
 
 def format_value(value, digits:int=3) -> str:
     "A score as one reads it; an en dash where it is undefined."
@@ -195,17 +198,18 @@ def timing_html(rows) -> str:
                 number(memory, 0))
         return f"<tr><td>{row_name(r['name'])}</td>{spread}{''.join(f'<td>{v}</td>' for v in rest)}</tr>"
     head = '<th>row</th>' + ''.join(f'<th>{title}</th>' for title in TIMES.values())
-    head += '<th>frames/s</th><th>overflows</th><th>largest cache (tokens)</th><th>(MiB)</th><th>process so far (MiB)</th>'
-    return '<p>Milliseconds: median / 95 % / 99 %.</p>' + wide_table(head, map(line, timed))
+    head += '<th>frames/s</th><th>overflows</th><th>largest cache (tokens)</th><th>(MiB)</th><th>peak memory (MiB)</th>'
+    about = 'Milliseconds: median / 95 % / 99 %. Peak memory of a GPU is that of its tensors, of a CPU that of the whole process.'
+    return f'<p>{about}</p>{wide_table(head, map(line, timed))}'
 
 # %% ../nbs/12_report.ipynb #b2533ec9
 def figure_html(title:str, fig, caption:str='') -> str:
     "A picture with what it shows."
     return f"<figure><img alt='{html.escape(title, quote=True)}' src='{png_uri(fig)}'><figcaption>{caption}</figcaption></figure>"
 
-def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:Sequence[str]=(), notes=()) -> str:
-    """The self-contained report. `figures` and `timelines` are (title, figure, caption); `problems` what was left out of predictions
-    and references; `notes` (HTML) stand under the thresholds."""
+def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:Sequence[RecordError]=(), notes=()) -> str:
+    """The self-contained report. `figures` and `timelines` are (title, figure, caption); `problems` what is wrong in predictions
+    (left out) and in references (warnings); `notes` (HTML) stand under the thresholds."""
     title = html.escape(f"{meta['videos']} {meta['split']} videos of {meta['data']}")
     parts = [f'<h1>{title}, streamed and scored</h1><p>{html.escape(how_read(meta))}</p>', table_html(rows, SUMMARY, what=True),
              f"<p class='note'>{READ_FIRST}</p>", undefined_html(rows)]
@@ -218,7 +222,9 @@ def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:S
     if timed := timing_html(rows):
         shared = f"{meta.get('processes', 1)} processes, streams at once: {meta.get('streams_at_once', 1)}"
         parts.append(f"<h2>Latency and cost</h2><p>{html.escape(meta.get('hardware', ''))}; {shared}.</p>{timed}")
-    if problems: parts.append(f'<h2>What was left out</h2>{list_html(problems)}')
+    for heading, warning in (('What was left out of predictions', False), ('References', True)):
+        some = [str(p) for p in problems if p.warning == warning]
+        if some: parts.append(f'<h2>{heading}</h2>{list_html(some)}')
     if timelines: parts.append('<h2>Timelines</h2><p>Thick lanes: predicted; thin: true; red where they differ.</p>')
     parts += [f'<h3>{html.escape(name)}</h3>{figure_html(name, fig, caption)}' for name, fig, caption in timelines]
     return PAGE.format(title=title, style=STYLE, body=''.join(parts) + made_html(meta))
@@ -241,8 +247,8 @@ def made_html(meta) -> str:
     plain = {k: v for k, v in meta.items() if not isinstance(v, (dict, list))}
     facts = ''.join(f"<dt>{html.escape(k.replace('_', ' '))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in plain.items())
     rest = html.escape(json.dumps({k: v for k, v in meta.items() if k not in plain}, indent=1))
-    oracle = 'dst_file' in (meta.get('context_strategy') or {}) and meta['context_strategy']['dst_file']
-    given = ('At every cut it was told the TRUE state, from a file (dst_file): these rows are oracles.' if oracle else
-             'Nothing else of a record reached it.')
+    told = ', '.join(map(row_name, meta.get('told_truth') or ()))
+    given = (f'At every cut {told} was told the TRUE state, from a file (dst_file): an oracle. Nothing else of a record reached others.'
+             if told else 'Nothing else of a record reached it.')
     return ('<h2>How this was made</h2><p>What a stream was given: the frames one by one, the goal, the knowledge text, the names of the '
             f'steps, and the user’s words when they were said. {given}</p><dl>{facts}</dl><pre>{rest}</pre>')

@@ -167,7 +167,8 @@ def given_thresholds(cfg) -> dict[str, float]:
     "Those of the two thresholds {speak, update} that the configuration gives."
     given = {head: cfg.eval[f'{head}_threshold'] for head in ('speak', 'update') if cfg.eval[f'{head}_threshold'] is not None}
     for head, value in given.items():
-        if type(value) not in (int, float): raise InputError(f'eval.{head}_threshold={value}: must be a number, for example 0.5')
+        if type(value) not in (int, float) or not np.isfinite(value):
+            raise InputError(f'eval.{head}_threshold={value}: must be a number, for example 0.5')
     return given
 
 def load_thresholds(cfg, checkpoint) -> dict[str, float]:
@@ -196,7 +197,9 @@ def runner_options(cfg, model, thresholds) -> dict:
     "The options of `Stream` by a configuration."
     unknown = set(cfg.eval.filter or {}) - set(inspect.signature(OnlineStateFilter).parameters)
     if unknown: raise InputError(f'eval.filter.{sorted(unknown)[0]}: the filter has no such option')
-    if not cfg.eval.refractory_s >= 0: raise InputError(f'eval.refractory_s={cfg.eval.refractory_s}: must be seconds, 0 or more')
+    if not 0 <= cfg.eval.refractory_s < np.inf: raise InputError(f'eval.refractory_s={cfg.eval.refractory_s}: must be seconds, 0 or more')
+    for key, value in (cfg.eval.filter or {}).items():
+        if type(value) not in (int, float) or not np.isfinite(value): raise InputError(f'eval.filter.{key}={value}: must be a number')
     return dict(strategy=make_strategy(cfg.context_strategy, model.config.text_config.max_position_embeddings),
                 speak_threshold=thresholds['speak'], update_threshold=thresholds['update'], refractory_s=cfg.eval.refractory_s,
                 filter_options=None if cfg.eval.filter is None else dict(cfg.eval.filter), max_reply_tokens=cfg.eval.max_reply_tokens)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WHY_UNDEFINED', 'RESTREAM_NOTE', 'trace_probabilities', 'probabilities', 'sweep_thresholds', 'sweep', 'Curve',
            'pr_curve', 'pr_auc', 'Best', 'best_threshold', 'pr_figure', 'f1_figure', 'frame_labels', 'Bins',
-           'bin_frames', 'count_calibration', 'score_calibration', 'reliability_figure', 'first_difference',
-           'needs_restream']
+           'bin_frames', 'count_calibration', 'score_calibration', 'reliability_figure', 'between', 'count_differing',
+           'first_difference', 'needs_restream']
 
 # %% ../nbs/12_thresholds.ipynb #ab531897
 from collections import Counter
@@ -220,14 +220,22 @@ RESTREAM_NOTE = (
     'reply. For a final figure, stream again with the chosen threshold.')
 
 # %% ../nbs/12_thresholds.ipynb #c70f3020
+def between(probs: np.ndarray, used: float, other: float) -> np.ndarray:
+    "Where two thresholds may decide otherwise: bool [T]; probabilities were rounded to six decimals, NaN decides nothing."
+    low, high = sorted((used, other))
+    return (probs >= low - 5e-7) & (probs < high + 5e-7) & (used != other)
+
+def count_differing(probs: list[np.ndarray], used: float, other: float) -> int:
+    "Of how many videos ([T] probabilities each) a decision may differ under the `other` threshold."
+    return sum(bool(between(p, used, other).any()) for p in probs)
+
 def first_difference(trace: Trace, speak: float|None=None, update: float|None=None) -> tuple[str, int]|None:
     "(head, frame) of the first decision of a stream that may differ under new thresholds (None: as it was); None if none does."
-    found, six_decimals = [], 5e-7
+    found = []
     for head, new, probs in (('speak', speak, trace.speak_probs), ('update', update, trace.update_probs)):
         if new is None or new == trace.threshold(head) or (head == 'update' and trace.filter): continue
-        low, high = sorted((new, trace.threshold(head)))
         read = np.array([not f.skipped for f in trace.frames], dtype=bool)
-        differs = np.flatnonzero(read & (probs >= low - six_decimals) & (probs < high + six_decimals))
+        differs = np.flatnonzero(read & between(probs, new, trace.threshold(head)))
         if len(differs): found.append((int(differs[0]), head))
     return min(found)[::-1] if found else None
 

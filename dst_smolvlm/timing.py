@@ -85,10 +85,10 @@ def ready_times(
     first_word: bool=False      # when somebody hears the first word, instead of the last
 ) -> list[tuple[int, float, str]]:
     "Every reply as (frame at which it was decided, second at which it is ready, text)."
-    at, out = decision_times(trace), []
+    at, out, heard = decision_times(trace), [], dict(trace.spoken)
     for f in trace.frames:
         ms = f.first_token_ms if first_word and f.first_token_ms is not None else f.latency_ms
-        if f.text is not None: out.append((f.index, float(at[f.index]) + max(0., ms - f.decision_ms)/1e3, f.text))
+        if f.index in heard: out.append((f.index, float(at[f.index]) + max(0., ms - f.decision_ms)/1e3, f.text))
     return out
 
 # %% ../nbs/12_matching_times.ipynb #6644a049
@@ -115,9 +115,10 @@ def pauc_areas(
 
 # %% ../nbs/12_matching_times.ipynb #8054ffee
 def normalised_words(text: str) -> str:
-    "The words of a text in lower case, without punctuation."
-    return ' '.join(re.findall(r'\w+', text.lower()))
+    "The words of a text in lower case, without punctuation; the text itself where there are none, as in 👍."
+    return ' '.join(re.findall(r'\w+', text.lower())) or text.strip()
 
+# %% ../nbs/12_matching_times.ipynb #8b908ca9
 def duplicates(
     spoken: list[tuple[int, str]],      # (frame, text), ascending
     reference: dict[int, str],          # frame → what should have been said

@@ -27,14 +27,14 @@ from .adapters import adapt, check_rates, is_adapted, load_adapter, merged, part
 from .baselines import baseline_trace
 from .config import InputError, atomic_write, parse_cli, run_cli, save_config
 from .dataset import DSTStreamDataset, StreamCollator, load_glimpse_scenes, load_scenes, scene_video
-from .evaluate import COLUMNS, tune_thresholds, with_threshold
 from .features import FeatureStore, encoder_fingerprint, load_encoder
 from .loss import PARTS, weights_from_data
 from .memory import estimate_memory, verdict
-from .metrics import score_traces
+from .metrics import COLUMNS, score_traces
 from .model import load_model, save_model
 from .stream import runner_options, stream_record
 from .trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
+from .tuning import tune_thresholds, with_thresholds
 
 # %% ../nbs/13_train.ipynb #71589859
 class StreamingValidation:
@@ -49,7 +49,7 @@ class StreamingValidation:
         for i in tqdm(mine, desc='stream', leave=False, disable=trainer.args.disable_tqdm or not acc.is_main_process):
             scene = self.scenes[i]
             try:
-                with acc.autocast(): found.append((i, stream_record(model, self.layout, scene.record, scene.frames(), **options)))
+                with acc.autocast(): found.append((i, stream_record(model, self.layout, scene.record, scene.iter_frames(), **options)))
             except InputError: found.append((i, None))
         everyone = dict(gather_object(found))
         return [everyone[i] for i in range(len(self.scenes))]
@@ -58,8 +58,9 @@ class StreamingValidation:
         with torch.compiler.set_stance('force_eager'): found = self.traces(trainer)         # a cache has another length at every frame
         records, tolerance = [s.record for s in self.scenes], self.cfg.eval.tolerance_s
         traces = [baseline_trace('always_silent', r) if t is None else t for t, r in zip(found, records)]
-        tuned = tune_thresholds(traces, records, tolerance, refractory_s=self.cfg.eval.refractory_s)
-        for head, theta in tuned.items(): traces = [with_threshold(t, head, theta) for t in traces]
+        quiet = dict(refractory_s=self.cfg.eval.refractory_s)
+        tuned = {head: t.threshold for head, t in tune_thresholds(traces, records, tolerance, **quiet).items()}
+        traces = [with_thresholds(t, r, tuned, **quiet) for t, r in zip(traces, records)]
         scores = score_traces(traces, records, tolerance)
         return dict(stream_failed=found.count(None)) | {f'stream_{c}': scores[c] or 0. for c in COLUMNS}
 

@@ -102,6 +102,7 @@ class Scene:
     passing: tuple[Passing, ...] = ()              # or in somebody else's
     hidden: tuple[bool, ...] = ()                  # of each step and wrong pick: does the hand hide it after its first frame?
     def frames(self, start:int=0, stop:int|None=None): return render(self, start, stop)
+    def iter_frames(self): return (render_frame(self, i) for i in range(self.record.num_frames()))      # one at a time
     def episodes(self) -> list[tuple[float, float]]:
         "When one can see what is in the hand: (start, end) in seconds of every step and wrong pick; a hidden one ends as it starts."
         done = [[s for s in step.spans if s[0] >= 0] for step in self.record.steps] + [[(a, b)] for a, b, _ in self.wrong]
@@ -111,6 +112,7 @@ class Scene:
         "What else than the record decides what the frames show."
         return f'{self.config} {self.seed} {self.parts} {self.boxes} {self.wrong} {self.lying} {self.passing} {self.hidden}'
 
+    def identity(self) -> str: return self.fingerprint()             # the same wherever it is drawn
     @cached_property
     def timeline(self) -> tuple[list[float], list[tuple]]:
         "The times at which the hand takes or leaves something, and what it carries before, between and after them."

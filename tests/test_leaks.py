@@ -7,7 +7,7 @@ from dst_smolvlm.budget import STRATEGIES, make_strategy
 from dst_smolvlm.filter import OnlineStateFilter
 from dst_smolvlm.model import build_tiny
 from dst_smolvlm.prompt import StreamLayout
-from dst_smolvlm.split import CONTROLS, HEAD_ONLY, MODEL, controlled
+from dst_smolvlm.variants import CONTROLS, HEAD_ONLY, MODEL, controlled
 from dst_smolvlm.stream import observed, stream_record, stream_records
 from dst_smolvlm.trace import TraceFrame
 from dst_smolvlm.world import make_scene

@@ -6,7 +6,7 @@ from transformers import PrinterCallback
 
 import processes
 from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.evaluate import COLUMNS
+from dst_smolvlm.metrics import COLUMNS
 from dst_smolvlm.train import StreamingValidation, make_trainer, train
 from dst_smolvlm.trainer import last_whole_checkpoint, training_arguments
 
