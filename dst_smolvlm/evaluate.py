@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'check_numbers', 'chosen_window', 'check_scoring', 'make_language', 'wordless_references', 'perplexity',
            'add_perplexities', 'Entry', 'entries_of', 'score_entries', 'videos_of', 'draws_of', 'compare_entries',
            'threshold_figures', 'threshold_notes', 'write_results', 'find_checkpoint', 'load_splits', 'stream_rows',
-           'evaluate', 'in_words', 'main']
+           'in_words', 'evaluate', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #52cd064b
 import json, math
@@ -243,6 +243,17 @@ def stream_rows(cfg, checkpoint, variants, test, validation, ranks) -> tuple[dic
     return streamed, dict(thresholds=thresholds, tuned_f1=tuned_f1, source=source)
 
 # %% ../nbs/13_evaluate.ipynb #76702503
+def in_words(rows, problems, meta, out) -> str:
+    "What the command prints."
+    left_out, wordless = [p for p in problems if not p.warning], [p for p in problems if p.warning]
+    lines = [format_rows(rows.values())]
+    if left_out: lines.append(f'{len(left_out)} entries of predictions were left out, the first: {left_out[0]}')
+    if wordless: lines.append(f'{len(wordless)} replies of the reference have no words, the first: {wordless[0]}')
+    lines.append(f"{meta['videos']} {meta['split']} videos; thresholds: {meta['thresholds_from']}. "
+                 f"{out/'report.html'} has intervals, comparisons and timelines")
+    return '\n\n'.join(lines)
+
+# %% ../nbs/13_evaluate.ipynb #2b8e19c5
 def evaluate(cfg, argv=()) -> dict|None:
     "Stream and score a checkpoint by a configuration; leaves traces, scores and the report in the output folder. → the scores (rank 0)."
     ranks, checkpoint = join_ranks(), find_checkpoint(cfg)
@@ -265,16 +276,6 @@ def evaluate(cfg, argv=()) -> dict|None:
     save_config(cfg, Path(cfg.output_dir)/'evaluation')
     print(in_words(rows, problems, meta, Path(cfg.output_dir)))
     return dict(rows=list(rows.values()), comparisons=comparisons, meta=meta)
-
-def in_words(rows, problems, meta, out) -> str:
-    "What the command prints."
-    left_out, wordless = [p for p in problems if not p.warning], [p for p in problems if p.warning]
-    lines = [format_rows(rows.values())]
-    if left_out: lines.append(f'{len(left_out)} entries of predictions were left out, the first: {left_out[0]}')
-    if wordless: lines.append(f'{len(wordless)} replies of the reference have no words, the first: {wordless[0]}')
-    lines.append(f"{meta['videos']} {meta['split']} videos; thresholds: {meta['thresholds_from']}. "
-                 f"{out/'report.html'} has intervals, comparisons and timelines")
-    return '\n\n'.join(lines)
 
 # %% ../nbs/13_evaluate.ipynb #89afd90d
 USAGE = """usage: python -m dst_smolvlm.evaluate [--cfg] [group=choice] [group.key=value] ...

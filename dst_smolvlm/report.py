@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'SUMMARY', 'TABLES', 'FEW', 'STYLE', 'TIMES', 'READ_DIFFERENCES', 'READ_FIRST', 'PAGE', 'format_value',
            'format_rows', 'with_interval', 'leaderboard_markdown', 'how_read', 'png_uri', 'table_html', 'row_name',
-           'wide_table', 'comparisons_html', 'undefined_html', 'timing_html', 'figure_html', 'report_html', 'list_html',
-           'made_html']
+           'wide_table', 'comparisons_html', 'undefined_html', 'timing_html', 'made_html', 'figure_html', 'list_html',
+           'report_html']
 
 # %% ../nbs/12_report.ipynb #e2fbb71b
 import base64, html, io, json
@@ -62,6 +62,7 @@ def format_rows(rows, columns=SUMMARY) -> str:
     widths = [max(len(row[i]) for row in [head] + body) for i in range(len(head))]
     return '\n'.join('  '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in [head] + body)
 
+# %% ../nbs/12_report.ipynb #c90ad018
 def with_interval(row, column) -> str:
     "A score, and where it has one its interval."
     low, high = row.get('intervals', {}).get(column) or (0, 0)
@@ -80,8 +81,9 @@ def leaderboard_markdown(rows, meta) -> str:
 def how_read(meta) -> str:
     "In words: what the score is made of, what the intervals are, and where the thresholds come from."
     weights = ', '.join(f'{w:g} × {SUMMARY.get(k, k)}' for k, w in meta['weights'].items())
+    score = f'Score: weighted mean of {weights}.' if weights else 'No combined score: all weights are 0.'
     intervals = f"Intervals: {meta['intervals']}." if meta.get('intervals') else ''
-    return (f"Score: weighted mean of {weights}. A decision is right within ±{meta['tolerance_s']:g} s of its event. {intervals} "
+    return (f"{score} A decision is right within ±{meta['tolerance_s']:g} s of its event. {intervals} "
             f"Thresholds: {meta['thresholds_from']}." + (FEW if intervals and meta['videos'] < 20 else ''))
 
 FEW = ' With fewer than twenty videos intervals are too narrow: read them as the least that is uncertain.'
@@ -172,6 +174,7 @@ def comparisons_html(comparisons) -> str:
             "<th class='what'>the row is</th>")
     return wide_table(head, map(line, comparisons))
 
+# %% ../nbs/12_report.ipynb #a8f4a0d7
 def undefined_html(rows) -> str:
     "Why a score is a dash, each reason once."
     reasons = {}
@@ -182,8 +185,8 @@ def undefined_html(rows) -> str:
     lines = ''.join(line(why, names) for why, names in sorted(reasons.items()))
     return f"<details class='note'><summary>Why some scores are undefined</summary><ul>{lines}</ul></details>" if reasons else ''
 
-TIMES = dict(decision_ms='to the decisions', first_token_ms='to the first word', latency_ms='all work on a frame',
-             overflow_ms='of these, at an overflow')
+# %% ../nbs/12_report.ipynb #dcda85bd
+TIMES = dict(decision_ms='to the decisions', first_token_ms='to the first word', latency_ms='whole frame', overflow_ms='at an overflow')
 
 def timing_html(rows) -> str:
     "Latency and cost of the rows that were streamed."
@@ -192,20 +195,48 @@ def timing_html(rows) -> str:
     number = lambda v, digits=1: '–' if v is None else f'{v:,.{digits}f}'
     def line(r):
         t = r['timing']
-        spread = ''.join(f"<td>{' / '.join(number(t[f'{k}_p{q}']) for q in (50, 95, 99))}</td>" for k in TIMES)
+        times = {k: [t[f'{k}_p{q}'] for q in (50, 95, 99)] for k in TIMES}
+        spread = ''.join(f"<td>{' / '.join(map(number, v)) if v[0] is not None else '–'}</td>" for v in times.values())
         memory, cache = ((v and v/2**20) for v in (t['peak_memory_bytes'], t['cache_bytes_max']))
         rest = (number(t['frames_per_second'], 0), number(t['overflows'], 0), number(t['cache_tokens_max'], 0), number(cache, 2),
                 number(memory, 0))
         return f"<tr><td>{row_name(r['name'])}</td>{spread}{''.join(f'<td>{v}</td>' for v in rest)}</tr>"
     head = '<th>row</th>' + ''.join(f'<th>{title}</th>' for title in TIMES.values())
-    head += '<th>frames/s</th><th>overflows</th><th>largest cache (tokens)</th><th>(MiB)</th><th>peak memory (MiB)</th>'
-    about = 'Milliseconds: median / 95 % / 99 %. Peak memory of a GPU is that of its tensors, of a CPU that of the whole process.'
+    head += '<th>frames/s</th><th>overflows</th><th>cache (tokens)</th><th>cache (MiB)</th><th>peak memory (MiB)</th>'
+    about = ('Milliseconds: median / 95 % / 99 %. The cache at its largest. Peak memory of a GPU is that of its tensors, of a CPU that of '
+             'the whole process.')
     return f'<p>{about}</p>{wide_table(head, map(line, timed))}'
 
-# %% ../nbs/12_report.ipynb #b2533ec9
+# %% ../nbs/12_report.ipynb #7dc15bd4
+def made_html(meta) -> str:
+    "How the figures were made, as a list of facts and, for what has parts, as JSON."
+    plain = {k: v for k, v in meta.items() if not isinstance(v, (dict, list))}
+    facts = ''.join(f"<dt>{html.escape(k.replace('_', ' '))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in plain.items())
+    rest = html.escape(json.dumps({k: v for k, v in meta.items() if k not in plain}, indent=1))
+    told = ', '.join(map(row_name, meta.get('told_truth') or ()))
+    given = (f'At every cut {told} was told the TRUE state, from a file (dst_file): an oracle. Nothing else of a record reached others.'
+             if told else 'Nothing else of a record reached it.')
+    return ('<h2>How this was made</h2><p>What a stream was given: the frames one by one, the goal, the knowledge text, the names of the '
+            f'steps, and the user’s words when they were said. {given}</p><dl>{facts}</dl><pre>{rest}</pre>')
+
+# %% ../nbs/12_report.ipynb #6e4e58b8
 def figure_html(title:str, fig, caption:str='') -> str:
     "A picture with what it shows."
     return f"<figure><img alt='{html.escape(title, quote=True)}' src='{png_uri(fig)}'><figcaption>{caption}</figcaption></figure>"
+
+def list_html(lines, most:int=200) -> str:
+    "Lines of text as a list; of very many the first."
+    more = [f'and {len(lines) - most} more, in scores.json'] if len(lines) > most else []
+    return '<ul>' + ''.join(f'<li>{html.escape(line)}</li>' for line in [*lines[:most], *more]) + '</ul>'
+
+# %% ../nbs/12_report.ipynb #d197e181
+READ_DIFFERENCES = ('Both rows of a comparison by the same resampled videos. A difference is shown if its interval lies on one side of 0 '
+                    'and swapping the names of the rows in some videos seldom gives as large a one (at most in one of twenty ways; fewer '
+                    'than six videos cannot show anything). Of twenty equal pairs about one would still differ by chance.')
+READ_FIRST = ('State tracking begins above <b>event_order</b>, which knows when something happens but not what. The controls must fall '
+              'below it: a model that scores without pictures, or with the wrong names on the step lines, does not track.')
+PAGE = ("<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
+        '<title>{title}</title><style>{style}</style></head><body>{body}</body></html>')
 
 def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:Sequence[RecordError]=(), notes=()) -> str:
     """The self-contained report. `figures` and `timelines` are (title, figure, caption); `problems` what is wrong in predictions
@@ -228,27 +259,3 @@ def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:S
     if timelines: parts.append('<h2>Timelines</h2><p>Thick lanes: predicted; thin: true; red where they differ.</p>')
     parts += [f'<h3>{html.escape(name)}</h3>{figure_html(name, fig, caption)}' for name, fig, caption in timelines]
     return PAGE.format(title=title, style=STYLE, body=''.join(parts) + made_html(meta))
-
-def list_html(lines, most:int=200) -> str:
-    "Lines of text as a list; of very many the first."
-    more = [f'and {len(lines) - most} more, in scores.json'] if len(lines) > most else []
-    return '<ul>' + ''.join(f'<li>{html.escape(line)}</li>' for line in [*lines[:most], *more]) + '</ul>'
-
-READ_DIFFERENCES = ('Both rows of a comparison by the same resampled videos. A difference is shown if its interval lies on one side of 0 '
-                    'and swapping the names of the rows in some videos seldom gives as large a one (at most in one of twenty ways; fewer '
-                    'than six videos cannot show anything). Of twenty equal pairs about one would still differ by chance.')
-READ_FIRST = ('State tracking begins above <b>event_order</b>, which knows when something happens but not what. The controls must fall '
-              'below it: a model that scores without pictures, or with the wrong names on the step lines, does not track.')
-PAGE = ("<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
-        '<title>{title}</title><style>{style}</style></head><body>{body}</body></html>')
-
-def made_html(meta) -> str:
-    "How the figures were made, as a list of facts and, for what has parts, as JSON."
-    plain = {k: v for k, v in meta.items() if not isinstance(v, (dict, list))}
-    facts = ''.join(f"<dt>{html.escape(k.replace('_', ' '))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in plain.items())
-    rest = html.escape(json.dumps({k: v for k, v in meta.items() if k not in plain}, indent=1))
-    told = ', '.join(map(row_name, meta.get('told_truth') or ()))
-    given = (f'At every cut {told} was told the TRUE state, from a file (dst_file): an oracle. Nothing else of a record reached others.'
-             if told else 'Nothing else of a record reached it.')
-    return ('<h2>How this was made</h2><p>What a stream was given: the frames one by one, the goal, the knowledge text, the names of the '
-            f'steps, and the user’s words when they were said. {given}</p><dl>{facts}</dl><pre>{rest}</pre>')
