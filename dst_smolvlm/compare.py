@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from .bootstrap import bootstrap_scores, compare, interval
 from .config import InputError
 from .language_metrics import WHY_UNDEFINED as WORDS
@@ -85,7 +83,7 @@ def combined_score(scores:dict, weights:dict[str, float]) -> tuple[float|None, s
     for k, w in used.items():
         good = [name for name in scores if name not in (*LOWER_IS_BETTER, *NOT_SCORES) and name not in WORDS]
         if k not in good: raise InputError(f"eval.weights.{k}: cannot be weighted; choose among {', '.join(good)}")
-        if type(w) not in (int, float) or not 0 <= w < np.inf: raise InputError(f'eval.weights.{k}={w}: must be a number of at least 0')
+        if type(w) not in (int, float) or not 0 <= w <= 1e9: raise InputError(f'eval.weights.{k}={w}: must be a number of at least 0')
     lacking = [k for k in used if scores[k] is None]
     if lacking: return None, f'{lacking[0]} is undefined; eval.weights.{lacking[0]}=0 leaves it out'
     if not used: return None, 'eval.weights are all 0'

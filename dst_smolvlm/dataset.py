@@ -76,7 +76,10 @@ def load_scenes(cfg, split:str) -> Sequence:
     if split not in SPLITS: raise InputError(f"split {split}: choose {', '.join(SPLITS)}")
     if cfg.source not in ('toy', 'replay', 'video'): raise InputError(f"data.source={cfg.source}: choose 'toy', 'replay' or 'video'")
     world = make_world(cfg, 'train_world') if split == 'train' else make_world(cfg)
-    if cfg.source == 'toy': return ToyScenes(split, cfg[f'{split}_videos'], cfg.seed, world)
+    if cfg.source == 'toy':
+        many = cfg[f'{split}_videos']
+        if type(many) is not int or many < 0: raise InputError(f'data.{split}_videos={many}: must be a whole number of at least 0')
+        return ToyScenes(split, many, cfg.seed, world)
     read = load_records(cfg)
     for r in read:
         if not r.steps: raise InputError(f'{cfg.path}: record {r.uid}: field steps: {NO_STEPS}')

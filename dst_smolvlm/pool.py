@@ -6,7 +6,7 @@
 __all__ = ['count_cores', 'start_worker', 'processes', 'run_each']
 
 # %% ../nbs/12_pool.ipynb #ab8eecb3
-import os, threading
+import gc, os, threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -24,6 +24,7 @@ def count_cores() -> int:
 def start_worker(start:Callable|None=None):
     "One thread per process; a watch that ends the process when its parent was killed; and whatever `start` does."
     torch.set_num_threads(1)
+    gc.freeze()                                             # what the libraries have made is no garbage, and need not be looked at again
     def watch(): parent_process().join(); os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
     if start: start()
@@ -56,4 +57,4 @@ def run_each(
         try:
             with tqdm(as_completed(futures), total=len(futures), desc=title, mininterval=1, disable=silent) as bar:
                 for f in bar: yield futures.pop(f), f.result                       # a result that was heard is not kept
-        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+        except BaseException: pool.shutdown(cancel_futures=True); raise         # waits for what is running, and begins nothing more

@@ -7,7 +7,7 @@ __all__ = ['Prob', 'EVENT_TYPES', 'TraceFrame', 'TraceStep', 'Trace', 'write_tra
            'example_record', 'reference_speech', 'trace_from_states', 'oracle_trace', 'example_trace']
 
 # %% ../nbs/10_trace.ipynb #fe79657b
-import contextlib, json, os, tempfile
+import contextlib, gc, json, os, tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +164,16 @@ def _read_part(path: Path) -> Trace:
         raise InputError(f'{path}: line {n}: not of an unfinished trace; cut the file before it') from None
     return Trace.model_validate(header | dict(frames=frames, events=events))
 
+@contextlib.contextmanager
+def _without_collection():
+    "A trace is a hundred thousand small objects without a cycle; to look for cycles among them takes longer than to read it."
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
+@_without_collection()
 def read_trace(path) -> Trace:
     """The trace in the file `path`; `InputError` names the file and the field that is wrong.
     Of an unfinished one, `PATH.part`, whatever is whole, with `meta['partial']` set."""

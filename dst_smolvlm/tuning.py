@@ -100,7 +100,7 @@ def tune_variants(checkpoint, variants, scenes, cfg, out, ranks) -> tuple[dict, 
 
 def tuned_in_words(heads, f1, videos, own, like, split) -> str:
     "Where thresholds come from that were tuned."
-    words = f"{' and '.join(heads)} tuned on {videos} validation videos"
+    words = f"{' and '.join(heads)} tuned on {videos} validation video{'s'*(videos != 1)}"
     if len(own) > 1: words += ', each row on its own streams of them'
     if like: words += f" ({', '.join(v.name for v in like)}: those of {like[0].like})"
     without = [head for head in heads if all(found[head] is None for found in f1.values())]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from .budget import STRATEGIES, make_strategy
 from .config import InputError, compose_config, safe_name
@@ -62,6 +62,8 @@ def suited(variant:Variant, scenes, cfg) -> list:
 # %% ../nbs/12_lineup.ipynb #bdbdbcca
 def other_strategy(name:str, given, main) -> dict:
     "The options of a context strategy that is compared with the `main` one: its own defaults, the main one's budget, and what is `given`."
+    if not isinstance(given, dict | DictConfig | None):
+        raise InputError(f'eval.strategies.{name}={given}: must be a table of options, for example {{max_seq_len: 1024}}')
     given = dict(given or {})
     kind = given.get('name', name)
     if kind not in STRATEGIES:
@@ -85,7 +87,7 @@ def others_of(cfg) -> list[Variant]:
         what = ', '.join([f"the model with context_strategy={about.pop('name', name)}", *(f'{k} {v}' for k, v in about.items())])
         others.append(Variant(name, what + knows_truth(options), strategy=options))
     for name, path in (cfg.eval.checkpoints or {}).items():
-        if not Path(str(path)).is_dir(): raise InputError(f'eval.checkpoints.{name}={path}: no checkpoint there')
+        if not (Path(str(path))/'config.json').is_file(): raise InputError(f'eval.checkpoints.{name}={path}: no checkpoint there')
         others.append(Variant(name, f'checkpoint {Path(str(path)).parent.name}/{Path(str(path)).name}', checkpoint=str(path)))
     return others
 
@@ -94,7 +96,7 @@ def variants_of(cfg) -> list[Variant]:
     "The variants that a configuration asks for, the main one first."
     others, told = others_of(cfg), knows_truth(cfg.context_strategy)
     for name in (names := [v.name for v in (MODEL, HEAD_ONLY, *others, *CONTROLS)]):            # the controls' also where there are none
-        if names.count(name) > 1 or safe_name(name) != name:
+        if [other.lower() for other in names].count(name.lower()) > 1 or safe_name(name) != name:        # some file systems ignore case
             raise InputError(f'eval.strategies, eval.checkpoints: {name}: not a name of its own for a row')
     own = lambda some: [replace(v, what=v.what + told) for v in some]
     return own((MODEL, HEAD_ONLY)) + others + own(CONTROLS if cfg.eval.controls else ())

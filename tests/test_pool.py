@@ -37,7 +37,26 @@ def test_who_stops_listening_stops_the_rest(tmp_path):
     listening = run_each(partial(note, tmp_path), {k: str(k) for k in range(40)}, 2, 'some', silent=True)
     next(listening)
     listening.close()
-    assert len(list(tmp_path.iterdir())) < 20
+    before = len(list(tmp_path.iterdir()))
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) == before < 10, 'what had not begun was not called off'
+
+
+def test_ctrl_c_begins_nothing_more(tmp_path):
+    "As a shell sends it, to the parent and to whatever it has started."
+    stopped = processes.start(tmp_path/'log', in_a_group, tmp_path, daemon=False)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob('*.job'))) < 4 and time.monotonic() < deadline: time.sleep(.05)
+    os.killpg(stopped.pid, signal.SIGINT)
+    stopped.join(20)
+    before = len(list(tmp_path.glob('*.job')))
+    time.sleep(1)
+    assert not stopped.is_alive() and 4 <= len(list(tmp_path.glob('*.job'))) == before < 20, (tmp_path/'log').read_text()
+
+
+def in_a_group(folder):
+    os.setpgrp()
+    parent(folder)
 
 
 def parent(folder):
