@@ -123,6 +123,7 @@ class _Annotation(_Model):
     turns: list[Turn] = []
     video: str | None = None                       # the video file, relative to the folder of the record's file
     dialogue: str = ''                             # which dialogue of the video, where there are several
+    view: str = ''                                 # which camera, where several filmed it
 
     @field_validator('steps')
     @classmethod
@@ -136,7 +137,12 @@ class _Annotation(_Model):
     @property
     def uid(self) -> str:
         "The name of this record; `video_uid` is that of its video."
-        return f'{self.video_uid}.{self.dialogue}' if self.dialogue else self.video_uid
+        return '.'.join(filter(None, (self.video_uid, self.view, self.dialogue)))
+
+    @property
+    def view_uid(self) -> str:
+        "The name of its pictures: of the video, and of the camera where there are several."
+        return '.'.join(filter(None, (self.video_uid, self.view)))
 
 # %% ../nbs/01_annotation.ipynb #83a25d0d
 class VideoRecord(_Annotation):

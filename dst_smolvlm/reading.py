@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'LONGEST_LINE', 'LARGEST_FILE', 'POLICIES', 'NO_STEPS', 'Entry', 'File', 'find_files',
-           'read_text', 'json_lines', 'companion', 'values_of', 'overruns', 'clip_record', 'playing_time',
-           'video_lengths', 'read_entries', 'examine']
+           'read_text', 'json_lines', 'companion', 'values_of', 'overruns', 'clip_record', 'read_entries', 'examine']
 
 # %% ../nbs/01_reading.ipynb #19ee12f0
 import csv, io, os, posixpath, zipfile, zlib
@@ -14,9 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
-import av
-
 from .annotation import RecordError, VideoRecord, parse_json
+from .footage import playing_time
 from .formats import DST_FORMATS, Format, Lines, Source, Table, find_format, read_native
 from .formats_proassist import PROASSIST_FORMATS
 from .formats_public import COMPANIONS, PUBLIC_FORMATS
@@ -185,27 +183,6 @@ def clip_record(record: VideoRecord, seconds: float) -> VideoRecord:
     steps = [s.model_copy(update=dict(spans=[(min(a, end), min(b, end)) for a, b in s.spans])) for s in record.steps]
     turns = [t for t in record.turns if t.time <= end]
     return record.model_copy(update=dict(duration=min(record.duration, seconds), steps=steps, turns=turns))
-
-# %% ../nbs/01_reading.ipynb #ddf5b301
-def playing_time(path) -> float:
-    "Seconds of a video file, as its header has them; raises `RecordError`."
-    try:
-        if not Path(path).is_file(): raise RecordError(path, 'no such video file', kind='no video')
-        with av.open(str(path)) as container:
-            lengths = [s.duration*s.time_base for s in container.streams.video if s.duration]
-            if not lengths and container.duration: lengths = [container.duration/av.time_base]
-    except RecordError: raise
-    except (av.FFmpegError, OSError, ValueError) as e: raise RecordError(path, f'not a readable video ({e})', kind='no video') from None
-    if not lengths: raise RecordError(path, 'the video does not say how long it is', kind='no video')
-    return float(lengths[0])
-
-def video_lengths(folder) -> dict[str, float]:
-    "Seconds of every video in a folder, by file name without its suffix."
-    found = {}
-    for path in sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in ('.mp4', '.mkv', '.mov', '.avi', '.webm', '.m4v')):
-        found[path.stem] = playing_time(path)
-    if not found: raise RecordError(folder, 'a folder without videos', kind='no video')
-    return found
 
 # %% ../nbs/01_reading.ipynb #c84f1f31
 def _unknown(file: File, data) -> RecordError:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from .annotation import RecordError, Step, TimestampToStateConverter, Turn, VideoRecord, parse_json, write_records
 from .config import InputError, atomic_write, run_cli
+from .footage import video_lengths
 from .formats import LEVELS
 from .formats_proassist import is_frame_counts
-from .reading import POLICIES, Entry, examine, read_entries, read_text, video_lengths
+from .reading import POLICIES, Entry, examine, read_entries, read_text
 
 # %% ../nbs/01_records.ipynb #92b067e3
 _all_ = ['RecordError', 'Step', 'TimestampToStateConverter', 'Turn', 'VideoRecord', 'write_records']
