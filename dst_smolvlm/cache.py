@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .budget import POSITIONS, BaseContextStrategy, Context, Continuation, make_strategy, size
-from .config import InputError, atomic_write, environment, parse_cli, run_cli
+from .config import InputError, atomic_write, check_outputs, environment, parse_cli, run_cli
 from .kv import turn_keys
 from .log import Segment, StreamMemory, say, visible_state
 from .model import DSTSmolVLM, load_model
@@ -182,6 +182,7 @@ def main(argv=None):
     report_asked = argv[:1] == ['report']
     cfg = parse_cli(argv[report_asked:], USAGE)
     if not report_asked: raise InputError(f'report is the only thing to do here. {USAGE.splitlines()[0]}')
+    if out is not None: check_outputs({'--json': out}, {'model.checkpoint': cfg.model.checkpoint})
     model, layout = load_model(cfg.model)
     report = exactness_report(model.eval(), layout)
     if out is not None:

@@ -6,7 +6,7 @@
 __all__ = ['LATE', 'LIVE', 'USAGE', 'HonestClock', 'Recorder', 'trace_header', 'observed', 'user_words', 'stream_frames',
            'stream_record', 'stream_records', 'given_thresholds', 'load_thresholds', 'pick_device', 'backbone_dtype',
            'runner_options', 'prepare', 'read_steps', 'name_of_video', 'is_live', 'record_of', 'show_frame',
-           'screen_for', 'stream_file', 'main']
+           'screen_for', 'check_names', 'stream_file', 'main']
 
 # %% ../nbs/11_stream.ipynb #7be9d7e6
 import contextlib, inspect, itertools, json, time
@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from .budget import make_strategy
-from .config import InputError, atomic_write, environment, parse_cli, run_cli
+from .config import InputError, atomic_write, check_outputs, environment, parse_cli, run_cli
 from .filter import OnlineStateFilter
 from .int8 import quantize_vision
 from .lanes import timeline_figure
@@ -256,15 +256,23 @@ def show_frame(screen:Screen, output, image, frame:TraceFrame, events, threshold
 
 @contextlib.contextmanager
 def screen_for(show:bool, out, record:VideoRecord):
-    "A screen and where it is shown, if it is to be shown at all: a window, or OUT.mp4."
+    "A screen and where it is shown, if it is to be shown at all: a window, or OUT.mp4, after all that stands in OUT."
     if not show: yield None; return
-    with (open_window(f'dst_smolvlm: {record.goal}') or VideoWriter(Path(out).with_suffix('.mp4'), record.fps)) as output:
+    with (open_window(f'dst_smolvlm: {record.goal}') or VideoWriter(f'{out}.mp4', record.fps)) as output:
         yield Screen([s.name for s in record.steps], record.fps, record.goal), output
+
+def check_names(video, steps_file, checkpoint, out, show:bool=False):
+    "Raises `InputError` unless a stream may write `out` and what lies beside it, where nothing is that is read."
+    outputs = {'--out': out, 'its picture': f'{out}.png', 'its beginning': f'{out}.part'} | ({'its recording': f'{out}.mp4'} if show else {})
+    check_outputs(outputs, {'VIDEO': video, '--steps': steps_file, '--checkpoint': checkpoint})
+    if Path(video).is_dir() and Path(video).resolve() in Path(out).resolve().parents:         # its picture would be one of them
+        raise InputError(f'--out {out}: lies in the folder of images that is streamed; name a file elsewhere')
 
 def stream_file(video, steps_file, checkpoint, out, cfg, show:bool=False) -> Trace:
     """Stream a video (a file, a folder of images at `cfg.eval.source_fps`, an address, a camera) at `cfg.eval.fps`; the trace grows in
     `out` + '.part'. Frames are decoded while the model works, and few are held, however long the video is. A live stream ends with Ctrl-C,
     or when its window is closed."""
+    check_names(video, steps_file, checkpoint, out, show)
     task, fps, source = read_steps(steps_file), cfg.eval.fps, source_address(video)
     live = is_live(source)
     decoded = prefetch(iter_frames(source, fps, cfg.eval.source_fps, damaged='skip'))
@@ -295,7 +303,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg, show:bool=False) -> Tra
 USAGE = """usage: python -m dst_smolvlm.stream [--source] VIDEO --steps STEPS.json --checkpoint FOLDER --out TRACE.json
        [--show] [group.key=value] ...
 Streams a video (a file, webcam, an address, or a folder of images with eval.source_fps=…) through a trained model; leaves the trace, and
-its timeline as a picture beside it (TRACE.png). --show shows it in a window meanwhile; without a display, it leaves TRACE.mp4."""
+its timeline as a picture beside it (TRACE.json.png). --show shows it in a window meanwhile; without a display, it leaves TRACE.json.mp4."""
 
 @run_cli
 def main(argv=None):
@@ -314,8 +322,7 @@ def main(argv=None):
     if missing: raise InputError(f'{", ".join(missing)}: missing. {USAGE.splitlines()[0]}')
     out = options['out']
     trace = stream_file(videos[0], options['steps'], options['checkpoint'], out, cfg, show)
-    picture = Path(out).with_suffix('.png')
-    with atomic_write(picture, 'wb') as f: timeline_figure(trace).savefig(f, format='png', dpi=110, bbox_inches='tight')
+    with atomic_write(picture := Path(f'{out}.png'), 'wb') as f: timeline_figure(trace).savefig(f, format='png', dpi=110, bbox_inches='tight')
     changes, skipped = sum(e['type'] == 'state' for e in trace.events), [f.skipped for f in trace.frames if f.skipped]
     of_these = f' ({", ".join(f"{skipped.count(why)} {why}" for why in sorted(set(skipped)))})' if skipped else ''
     print(f"{len(trace.frames)} frames{of_these}, {len(trace.spoken)} replies, {changes} state changes; {out} and {picture.name}")

@@ -1,0 +1,94 @@
+"No command writes over what it reads, or over what it has written itself: it says so before anything runs."
+import json, os, shutil
+from pathlib import Path
+
+import numpy as np, pytest
+
+from dst_smolvlm import cache, stream
+from dst_smolvlm.model import build_tiny, save_model
+from dst_smolvlm.trace import read_trace
+from dst_smolvlm.video import video_length, write_video
+
+CASES = Path(os.environ.get('DST_CASES', Path(__file__).resolve().parents[2]/'shared'/'cases'))
+QUICK = ['eval.max_reply_tokens=1', 'context_strategy=drop_all']
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    return save_model(*build_tiny(dict(hidden_size=32, layers=1, vision_size=32)), tmp_path_factory.mktemp('model')/'small')
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "A folder with a video, steps and images, in which commands run that find no display."
+    monkeypatch.chdir(tmp_path)
+    for name in ('DISPLAY', 'WAYLAND_DISPLAY'): monkeypatch.delenv(name, raising=False)
+    write_video('kitchen.mp4', np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8), fps=2)
+    Path('steps.json').write_text('["boil the water", "pour it on"]')
+    return tmp_path
+
+
+def contents(folder): return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+@pytest.fixture
+def refused(here, capsys):
+    "A function that runs a command, which must refuse in one line with all `words` and leave every file as it was."
+    def check(command, argv, *words):
+        before = contents(here)
+        with pytest.raises(SystemExit) as stopped: command.main([str(a) for a in argv])
+        line = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2 and line.startswith('error: ') and '\n' not in line, line
+        assert not [word for word in words if word not in line], line
+        assert contents(here) == before
+    return check
+
+def streamed(checkpoint, out, *more, video='kitchen.mp4'):
+    stream.main([video, '--steps', 'steps.json', '--checkpoint', str(checkpoint), '--out', out, *more, *QUICK])
+    return read_trace(out)
+
+
+@pytest.mark.parametrize('out, words', [
+    ('kitchen.mp4', ['--out kitchen.mp4', 'VIDEO']), ('./kitchen.mp4', ['VIDEO']), ('steps.json', ['--out steps.json', '--steps']),
+    ('linked.mp4', ['VIDEO']), ('hard.mp4', ['VIDEO']), ('sub/../steps.json', ['--steps'])])
+def test_a_stream_may_not_replace_what_it_reads(refused, checkpoint, out, words):
+    os.symlink('kitchen.mp4', 'linked.mp4'); os.link('kitchen.mp4', 'hard.mp4'); os.mkdir('sub')
+    refused(stream, ['kitchen.mp4', '--steps', 'steps.json', '--checkpoint', checkpoint, '--out', out], *words)
+
+
+@pytest.mark.parametrize('video, out', [('run.png', 'run'), ('run.mp4', 'run'), ('run.part', 'run'), ('run.json.mp4', 'run.json')])
+def test_nor_may_what_lies_beside_its_trace(refused, checkpoint, video, out):
+    os.rename('kitchen.mp4', video)
+    refused(stream, [video, '--steps', 'steps.json', '--checkpoint', checkpoint, '--out', out, '--show'], 'its ', video)
+
+
+def test_nor_a_file_of_the_checkpoint(refused, checkpoint):
+    mine = shutil.copytree(checkpoint, 'mine')
+    refused(stream, ['kitchen.mp4', '--steps', 'steps.json', '--checkpoint', mine, '--out', 'mine/config.json'], 'mine/config.json', '--checkpoint')
+    refused(cache, ['report', '--json', 'mine/config.json', 'model.checkpoint=mine'], '--json', 'model.checkpoint')
+
+
+def test_nor_lie_among_the_images_that_it_reads(refused, checkpoint):
+    "Its picture would be the next image."
+    from PIL import Image
+    os.mkdir('images')
+    for i in range(3): Image.new('RGB', (64, 64), (i, 0, 0)).save(f'images/{i}.png')
+    argv = ['images', '--steps', 'steps.json', '--checkpoint', checkpoint, 'eval.source_fps=2']
+    refused(stream, [*argv, '--out', 'images/1.png'], 'images/1.png')
+    refused(stream, [*argv, '--out', 'images/trace.json'], 'images/trace.json', 'folder of images')
+
+
+def test_names_with_dots_have_pictures_of_their_own(here, checkpoint):
+    for out in ('run.1', 'run.2', 'picture.png'):
+        assert len(streamed(checkpoint, out).frames) == 6
+        assert Path(f'{out}.png').read_bytes().startswith(b'\x89PNG')
+    assert {p.name for p in here.iterdir()} == {'kitchen.mp4', 'steps.json'} | {n + e for n in ('run.1', 'run.2', 'picture.png') for e in ('', '.png')}
+
+
+def test_a_recording_leaves_the_video_of_its_name(here, checkpoint):
+    case = CASES/'show-overwrites-video'
+    if not case.is_dir(): pytest.skip(f'{case}: not found')
+    for name in ('kitchen.mp4', 'steps.json'): shutil.copyfile(case/name, name)
+    before = Path('kitchen.mp4').read_bytes()
+    streamed(checkpoint, 'kitchen.json', '--show')
+    assert Path('kitchen.mp4').read_bytes() == before
+    assert video_length('kitchen.json.mp4').frames == len(json.loads(Path('kitchen.json').read_text())['frames']) == video_length('kitchen.mp4').frames
