@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
+from .annotation import decode_text, parse_json
 from .budget import make_strategy
 from .config import InputError, atomic_write, check_outputs, environment, parse_cli, run_cli
 from .filter import OnlineStateFilter
@@ -212,9 +213,9 @@ def prepare(model, cfg):
 def read_steps(path) -> dict:
     "A steps file (JSON: a list of names, or an object with `steps` and perhaps `goal`, `knowledge` and the user's `turns`) as a dict."
     path = Path(path)
-    try: given = json.loads(path.read_text(encoding='utf-8'))
+    try: given = parse_json(decode_text(path.read_bytes(), path), path)
     except FileNotFoundError: raise InputError(f'{path}: no such steps file') from None
-    except (OSError, ValueError) as e: raise InputError(f'{path}: not readable as JSON: {e}') from None
+    except OSError as e: raise InputError(f'{path}: not readable ({e.strerror})') from None
     task = dict(goal='', knowledge='', turns=[]) | (given if isinstance(given, dict) else dict(steps=given))
     unknown = set(task) - {'goal', 'knowledge', 'steps', 'turns'}
     if unknown: raise InputError(f'{path}: unknown field {sorted(unknown)[0]}; there are steps, goal, knowledge and turns')

@@ -171,7 +171,7 @@ def test_a_bad_video(refused, video, words): refused(stream, instead('clip.mp4',
 
 @pytest.mark.parametrize('steps, words', [
     ('[]', ['field steps', 'at least one']), ('["tea", ""]', ['field steps']), ('{"goal": "tea"}', ['field steps']), ('7', ['field steps']),
-    ('["tea"', ['not readable as JSON']),
+    ('["tea"', ['not JSON']),
     ('{"steps": ["tea"], "stepz": 1}', ['unknown field stepz']),
     ('{"steps": ["tea"], "goal": 7}', ['field goal']),
     ('{"steps": ["tea"], "turns": null}', ['field turns']),

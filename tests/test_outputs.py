@@ -92,3 +92,10 @@ def test_a_recording_leaves_the_video_of_its_name(here, checkpoint):
     streamed(checkpoint, 'kitchen.json', '--show')
     assert Path('kitchen.mp4').read_bytes() == before
     assert video_length('kitchen.json.mp4').frames == len(json.loads(Path('kitchen.json').read_text())['frames']) == video_length('kitchen.mp4').frames
+
+
+def test_steps_saved_by_notepad(here, checkpoint):
+    case = CASES/'steps-bom'/'steps.json'
+    if not case.is_file(): pytest.skip(f'{case}: not found')
+    shutil.copyfile(case, 'steps.json')
+    assert [s['name'] for s in streamed(checkpoint, 'trace.json').model_dump()['steps']] == json.loads(case.read_text(encoding='utf-8-sig'))
