@@ -100,7 +100,7 @@ def read_captaincook4d(data, source: Source) -> VideoRecord:
 
 def _cookings(data) -> list: return list(data.values()) if isinstance(data, dict) and 'recording_id' not in data else items(data)
 
-# %% ../nbs/01_formats_public.ipynb #8f8df2c5
+# %% ../nbs/01_formats_public.ipynb #f7c11b7c
 def tabled_length(source: Source, uid: str, names: tuple[str, ...], key: str, column: str, events: Iterable[float]) -> float:
     "Seconds of a video by a `column` of the first of the tables `names` that lies beside the source; as `Source.duration` finds them if it says none."
     for name in names:
@@ -140,7 +140,7 @@ def read_goalstep(data, source: Source) -> VideoRecord:
         warn_lost(source, uid, 'segments', sum(not segment.segments for _, segment in found), len(found))
         found = [(f'{at}.segments[{i}]', validate(Segment, s, source.file, uid, f'{at}.segments[{i}]'))
                  for at, segment in found for i, s in enumerate(segment.segments or [])]
-    if not found: raise RecordError(source.file, f'no segments of the level {source.level}; left out', uid, 'segments', kind='no such level', warning=True)
+    if not found: raise RecordError(source.file, f'no segments of the level {source.level}; left out', uid, 'segments', kind='no steps', warning=True)
     steps = collect_steps(((s.name, s.name, s.start, s.end) for _, s in found), numbered=True)
     length = source.length(uid, 'end_time', video.end, event_times(steps, []))
     return validate(VideoRecord, dict(video_uid=uid, dataset='ego4d_goalstep', duration=length, goal=video.goal, steps=steps), source.file, uid)

@@ -6,7 +6,7 @@
 __all__ = ['FPS_ASSEMBLY101', 'FrameText', 'TABLE_FORMATS', 'COMPANIONS', 'EpicAction', 'read_epic_kitchens', 'by_column',
            'without', 'read_assembly101', 'FineAction', 'read_assembly101_fine']
 
-# %% ../nbs/01_formats_tables.ipynb #dc885987
+# %% ../nbs/01_formats_tables.ipynb #a4003965
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from .formats import AnySeconds, Format, Source, Span, collect_steps, has, table
 from .formats_proassist import is_frame_counts
 from .formats_public import tabled_length
 
-# %% ../nbs/01_formats_tables.ipynb #d63c568e
+# %% ../nbs/01_formats_tables.ipynb #cbb32ad4
 class EpicAction(Span):
     start: AnySeconds = Field(alias='start_timestamp')
     end: AnySeconds = Field(alias='stop_timestamp')
@@ -39,12 +39,13 @@ def read_epic_kitchens(part: tuple[str, list], source: Source) -> VideoRecord:
     return validate(VideoRecord, fields, source.file, uid)
 
 def by_column(table: Table, column: str, key=lambda value: value.strip()) -> list[tuple[str, list]]:
-    "The rows of a table, put together by the value in a column; a wrong row without a value goes with the one before."
+    "The rows of a table, put together by the value in a column; a wrong row without a value goes with the one before, half a row at the end stands alone."
     groups, name = defaultdict(list), ''
-    for line, row in table.rows:
+    half = table.rows[-1:] if not table.ended and table.rows and '' in table.rows[-1][1] else []
+    for line, row in table.rows[:len(table.rows) - len(half)]:
         name = key(row.get(column) or '') or (name if '' in row else '')
         groups[name].append((line, row))
-    return list(groups.items())
+    return [*groups.items(), *([(key(half[0][1].get(column) or '') or name, half)] if half else [])]
 
 def without(label: str, needed: tuple[str, ...], others: tuple[str, ...]) -> Callable[[Table], str]:
     "Whether a table is published without a label: it is blank in all rows, or not there, and nothing but the columns that are `needed` and `others`."
@@ -54,7 +55,7 @@ def without(label: str, needed: tuple[str, ...], others: tuple[str, ...]) -> Cal
         return 'actions' if missing or label in table.columns and blank else ''
     return withheld
 
-# %% ../nbs/01_formats_tables.ipynb #467ee700
+# %% ../nbs/01_formats_tables.ipynb #f9e52282
 FPS_ASSEMBLY101 = 30
 
 def _action_text(columns: list[str]) -> str:
@@ -94,7 +95,7 @@ def _assembly(uid: str, occurrences: list, source: Source) -> VideoRecord:
                   steps=collect_steps(occurrences, numbered=True))
     return validate(VideoRecord, fields, source.file, uid)
 
-# %% ../nbs/01_formats_tables.ipynb #fc0456b5
+# %% ../nbs/01_formats_tables.ipynb #697c965b
 FrameText = Annotated[int, Field(ge=0, le=10**9), Strict(False)]
 
 class FineAction(Span):
@@ -111,7 +112,7 @@ def read_assembly101_fine(part: tuple[str, list], source: Source) -> VideoRecord
         found[a.name, a.start/FPS_ASSEMBLY101, a.end/FPS_ASSEMBLY101] = None
     return _assembly(uid, [(name, name, start, end) for name, start, end in found], source)
 
-# %% ../nbs/01_formats_tables.ipynb #f1fdb4bc
+# %% ../nbs/01_formats_tables.ipynb #11e4b12b
 def _is_assembly(data) -> bool:
     first = data.first if isinstance(data, Lines) else ''
     delimiter = delimiter_of(first)
