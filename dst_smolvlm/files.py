@@ -53,11 +53,13 @@ class Allowance:
 
     def spend(self, n: int):
         self.left -= n
-        if self.left < 0: raise OSError(f'unpacks to more than {self.total >> 20} MiB, as no annotation does; unpack it yourself, if you trust it')
+        if self.left < 0:
+            raise OSError(f'unpacks to more than {self.total >> 20} MiB, as no annotation does; unpack it yourself, if you trust it')
 
 class _Unpacked(io.RawIOBase):
     "A stream of unpacked bytes that stops where its allowance does."
-    def __init__(self, stream, allowance: Allowance, *closed_with): self.stream, self.allowance, self.closed_with = stream, allowance, closed_with
+    def __init__(self, stream, allowance: Allowance, *closed_with):
+        self.stream, self.allowance, self.closed_with = stream, allowance, closed_with
     def readable(self) -> bool: return True
     def readinto(self, buffer) -> int:
         n = self.stream.readinto(buffer)
@@ -74,7 +76,8 @@ def _unpacked(name: str, open_file: Callable, allowance: Allowance) -> io.Buffer
     return io.BufferedReader(_Unpacked(stream, allowance))
 
 # %% ../nbs/01_files.ipynb #f579e94d
-UNREADABLE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError)   # the last two: methods, passwords
+UNREADABLE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
+              NotImplementedError, RuntimeError)                         # an archive's methods and passwords
 
 def file_at(path: Path, named: bool = True) -> File:
     "A file on disk."
@@ -83,7 +86,8 @@ def file_at(path: Path, named: bool = True) -> File:
 def open_path(path: Path) -> io.BufferedIOBase:
     "The bytes of a file, without the compression of one that ends in .gz."
     if path.exists() and not path.is_file(): raise OSError('not a file')      # a pipe might never end
-    return _unpacked(path.name, partial(path.open, 'rb'), Allowance(path.stat().st_size)) if path.name.lower().endswith('.gz') else path.open('rb')
+    if not path.name.lower().endswith('.gz'): return path.open('rb')
+    return _unpacked(path.name, partial(path.open, 'rb'), Allowance(path.stat().st_size))
 
 def _beside(path: Path) -> Callable[[str], str | None]:
     @cache
@@ -99,7 +103,8 @@ def read_text(open_file: Callable, name) -> str:
     except FileNotFoundError: raise RecordError(name, 'no such file', kind='no such file') from None
     except UNREADABLE as e: raise RecordError(name, f'not a readable file ({e})', kind='not readable') from None
     if len(content) > LARGEST_FILE:
-        raise RecordError(name, f'larger than {LARGEST_FILE >> 20} MiB; write one record a line, in a file that ends in .jsonl', kind='not readable')
+        why = f'larger than {LARGEST_FILE >> 20} MiB; write one record a line, in a file that ends in .jsonl'
+        raise RecordError(name, why, kind='not readable')
     return decode_text(content, name)
 
 # %% ../nbs/01_files.ipynb #3a0d8537
@@ -114,7 +119,8 @@ def json_lines(file: File) -> Iterator[tuple[str, str | RecordError]]:
                 n += 1
                 if len(line) > LONGEST_LINE:
                     while line and not line.endswith('\n'): line = text.readline(LONGEST_LINE)
-                    yield f'line {n}', RecordError(file.name, f'longer than {LONGEST_LINE >> 20} Mi characters', f'line {n}', kind='not JSON')
+                    why = f'longer than {LONGEST_LINE >> 20} Mi characters'
+                    yield f'line {n}', RecordError(file.name, why, f'line {n}', kind='not JSON')
                 elif line.strip():
                     try: yield f'line {n}', decode_text(line.encode(errors='surrogateescape'), file.name, f'line {n}')
                     except RecordError as e: yield f'line {n}', e
@@ -131,13 +137,13 @@ def _in_archive(path: Path) -> Iterator[File | RecordError]:
     def text(name: str) -> str | None:
         found = next((n for n in (name, f'{name}.gz') if members.get(n)), None)
         return found and read_text(members[found], f'{path}/{found}')
+    def beside(folder: str, name: str) -> str | None: return text(posixpath.normpath(posixpath.join(folder, name)))
     skipped = []
     for name in sorted(members):
         if _suffix(name) not in SUFFIXES and not is_archive(name): continue
         parts = name.replace('\\', '/').split('/')
         if _hidden(parts) or '..' in parts or not parts[0] or members[name] is None or is_archive(name): skipped.append(name); continue
-        beside = lambda other, folder=posixpath.dirname(name): text(posixpath.normpath(posixpath.join(folder, other)))
-        yield File(f'{path}/{name}', members[name], beside, named=False)
+        yield File(f'{path}/{name}', members[name], partial(beside, posixpath.dirname(name)), named=False)
     if skipped: yield _not_read(path, skipped)
 
 def _members(path: Path, allowance: Allowance) -> dict[str, Callable | None]:
@@ -166,12 +172,12 @@ def _hidden(parts: Iterable[str]) -> bool: return any(part.startswith('.') and p
 def _not_read(path, skipped: list[str]) -> RecordError:
     more = f' and {len(skipped) - 3} more' if len(skipped) > 3 else ''
     files = 'one file in it is' if len(skipped) == 1 else f'{len(skipped)} files in it are'
-    return RecordError(path, f'{files} not read (hidden, the twin that a Mac writes, a link, an archive in an archive): ' + ', '.join(skipped[:3]) + more,
-                       kind='skipped', warning=True)
+    why = f'{files} not read (hidden, the twin that a Mac writes, a link, an archive in an archive): ' + ', '.join(skipped[:3]) + more
+    return RecordError(path, why, kind='skipped', warning=True)
 
 # %% ../nbs/01_files.ipynb #ea9f7f99
 def find_files(path, leave_out=()) -> Iterator[File | RecordError]:
-    "The annotation files at `path` but for some paths, in sorted order, and what cannot be read there; raises `RecordError` if there are none."
+    "The annotation files at `path` but for some paths, in sorted order, and what cannot be read; raises `RecordError` if there are none."
     if not str(path): raise RecordError("''", 'names no file', kind='no such file')
     path, found = Path(path), 0
     for file in _in_folder(path, leave_out) if path.is_dir() else _in_archive(path) if is_archive(path.name) else [file_at(path)]:

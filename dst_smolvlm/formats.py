@@ -9,7 +9,7 @@ __all__ = ['AnySeconds', 'LEVELS', 'Id', 'Words', 'LABELS', 'seconds_of', 'lengt
 
 # %% ../nbs/01_formats.ipynb #430decc9
 import difflib, math, re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -70,7 +70,7 @@ class Source:
         return last
 
     def length(self, uid: str, field: str, value, events: Iterable[float], fps: float = 2., unit: float = 1.) -> float:
-        "Seconds of a video whose annotation says `value`, in `unit` seconds, in a field; as `duration` finds them if it is no length of a video."
+        "Seconds of a video whose annotation says `value` times `unit` in a field; as `duration` finds them if that is no length."
         if seconds := length_of(value, unit): return seconds
         if value is not None: self.warn('is no length of a video', uid, field, value, kind='no duration')
         return self.duration(uid, events, fps)
@@ -134,9 +134,11 @@ def collect_steps(
 # %% ../nbs/01_formats.ipynb #d8b2a8ab
 Words = Annotated[str, BeforeValidator(lambda value: '' if value is None else value)]     # null says nothing, and is no error
 
+def _plain(text): return text.strip().lower() if isinstance(text, str) else text
+
 class SaidTurn(Foreign):
     "A turn of somebody else's conversation."
-    role: Annotated[Literal['user', 'assistant', 'system'], BeforeValidator(lambda role: role.strip().lower() if isinstance(role, str) else role)]
+    role: Annotated[Literal['user', 'assistant', 'system'], BeforeValidator(_plain)]
     time: AnySeconds
     content: Words
 
@@ -193,7 +195,8 @@ def nearly(columns: list[str], formats: Iterable[Format]) -> str:
     near = max((f for f in formats if f.columns), key=lambda f: len({*f.columns} & {*columns})/len(f.columns))
     missing = [c for c in near.columns if c not in columns]
     if not missing or 2*len(missing) > len(near.columns): return ''
-    instead = [c for name in missing for c in ([c for c in LABELS if c in columns] if name in LABELS else difflib.get_close_matches(name, columns, 2, .5))]
+    labels = [c for c in LABELS if c in columns]
+    instead = [c for name in missing for c in (labels if name in LABELS else difflib.get_close_matches(name, columns, 2, .5))]
     instead = [c for c in dict.fromkeys(instead) if c not in near.columns]
     listed = lambda names: f'column{"s"*(len(names) > 1)} {", ".join(names)}'
     return f'not {near.name}: the {listed(missing)} {"are" if len(missing) > 1 else "is"} missing' \

@@ -52,7 +52,9 @@ def read_holoassist(data, source: Source) -> VideoRecord:
                 occurrences.append((key, key, e.start, e.end))
             case 'conversation':
                 e = validate(Conversation, event, source.file, uid, at)
-                if not e.words.strip(): source.warn('no words; left out', uid, f'{at}.attributes.Transcription', kind='nothing said'); continue
+                if not e.words.strip():
+                    source.warn('no words; left out', uid, f'{at}.attributes.Transcription', kind='nothing said')
+                    continue
                 if e.end < e.start: source.warn(f'ends before it starts, at {e.start} s', uid, f'{at}.end', e.end, kind='time goes back')
                 instructor = e.purpose.strip().lower().startswith('instructor')
                 turns.append(Turn(role='assistant' if instructor else 'user', time=e.start, content=e.words))
@@ -102,7 +104,7 @@ def _cookings(data) -> list: return list(data.values()) if isinstance(data, dict
 
 # %% ../nbs/01_formats_public.ipynb #f7c11b7c
 def tabled_length(source: Source, uid: str, names: tuple[str, ...], key: str, column: str, events: Iterable[float]) -> float:
-    "Seconds of a video by a `column` of the first of the tables `names` that lies beside the source; as `Source.duration` finds them if it says none."
+    "Seconds of a video by a `column` of the first table of `names` that lies beside the source; by `Source.duration` if it says none."
     for name in names:
         try: text = source.beside(name)
         except RecordError as e: source.warn(f'cannot be used ({e})', uid, name, kind='no duration'); continue
@@ -140,10 +142,12 @@ def read_goalstep(data, source: Source) -> VideoRecord:
         warn_lost(source, uid, 'segments', sum(not segment.segments for _, segment in found), len(found))
         found = [(f'{at}.segments[{i}]', validate(Segment, s, source.file, uid, f'{at}.segments[{i}]'))
                  for at, segment in found for i, s in enumerate(segment.segments or [])]
-    if not found: raise RecordError(source.file, f'no segments of the level {source.level}; left out', uid, 'segments', kind='no steps', warning=True)
+    if not found:
+        raise RecordError(source.file, f'no segments of the level {source.level}; left out', uid, 'segments', kind='no steps', warning=True)
     steps = collect_steps(((s.name, s.name, s.start, s.end) for _, s in found), numbered=True)
     length = source.length(uid, 'end_time', video.end, event_times(steps, []))
-    return validate(VideoRecord, dict(video_uid=uid, dataset='ego4d_goalstep', duration=length, goal=video.goal, steps=steps), source.file, uid)
+    fields = dict(video_uid=uid, dataset='ego4d_goalstep', duration=length, goal=video.goal, steps=steps)
+    return validate(VideoRecord, fields, source.file, uid)
 
 def _untimed(video) -> bool: return has(video, step_segments=list) and 'segments' not in video
 
@@ -162,7 +166,8 @@ def read_egoexolearn(data: list, source: Source) -> VideoRecord:
     names = {}
     for s in spans: names[s.key] = names.get(s.key) or ' '.join(s.name.split())
     for i, s in enumerate(spans):
-        if not names[s.key]: raise RecordError(source.file, 'missing, as in all spans of this attribute', uid, f'[{i}].textAttribute_en', kind='missing field')
+        if not names[s.key]:
+            raise RecordError(source.file, 'missing in all spans of this attribute', uid, f'[{i}].textAttribute_en', kind='missing field')
     steps = collect_steps((s.key, names[s.key], s.start, s.end) for s in spans)
     duration = _longest(uid, [s.duration for s in spans], event_times(steps, []), source)
     return validate(VideoRecord, dict(video_uid=uid, dataset='egoexolearn', duration=duration, steps=steps), source.file, uid)
@@ -174,8 +179,9 @@ def _longest(uid: str, said: list, events: list[float], source: Source) -> float
         if value is not None and i not in lengths: source.warn('is no length of a video', uid, f'[{i}].duration', value, kind='no duration')
     if not lengths: return source.duration(uid, events)
     (shortest, low), (longest, high) = (end(lengths.items(), key=lambda length: length[1]) for end in (min, max))
-    if high - low >= FRAME: source.warn(f'other spans say {low:g} s, the first of them [{shortest}]; the longest counts', uid, f'[{longest}].duration', high,
-                                        kind='several durations')
+    if high - low >= FRAME:
+        why = f'other spans say {low:g} s, the first of them [{shortest}]; the longest counts'
+        source.warn(why, uid, f'[{longest}].duration', high, kind='several durations')
     return high
 
 FRAME = 1/2      # seconds at the model's rate; lengths that are closer are one length
@@ -218,6 +224,7 @@ def _is_coarse(data) -> bool:
 PUBLIC_FORMATS = (
     Format('HoloAssist', or_list_of(lambda data: has(data, events=object, videoMetadata=object)), read_holoassist, items),
     Format('CaptainCook4D', _is_cookings, read_captaincook4d, _cookings),
-    Format('Ego4D Goal-Step', lambda data: has(data, videos=list), read_goalstep, lambda data: data['videos'], LEVELS[:2], withheld=_without_times),
+    Format('Ego4D Goal-Step', lambda data: has(data, videos=list), read_goalstep, lambda data: data['videos'], LEVELS[:2],
+           withheld=_without_times),
     Format('EgoExoLearn', _is_coarse, read_egoexolearn),
     Format('COIN', lambda data: has(data, database=dict), read_coin, lambda data: list(data['database'].items())))

@@ -98,20 +98,22 @@ class Seen:
         folders, name = Path(video).parent.parts, os.path.splitext(os.path.basename(video))[0]
         own, stem_is_free = take(record.view_uid), take(f'{record.video_uid}/{name}')
         if own: return record.view
-        views = ('-'.join(filter(None, (record.view, *folders[len(folders) - n:], name))) for n in range(not stem_is_free, len(folders) + 1))
+        longer = (folders[len(folders) - n:] for n in range(not stem_is_free, len(folders) + 1))
+        views = ('-'.join(filter(None, (record.view, *parts, name))) for parts in longer)
         return next(v for v in views if take(f'{record.video_uid}.{v}'))
 
     def twin(self, record: VideoRecord, video: str, file: str, place: str) -> tuple[str, dict[str, str]] | None:
-        "Where the record of this name is that came before, and the fields in which they differ: which is said in 'both', only 'here' or only 'there'."
+        "Where the earlier record of this name is, and the fields in which they differ: said in 'both', only 'here' or only 'there'."
         now = [hash(repr(v)) if v else 0 for v in (*(getattr(record, name) for name in self.FIELDS[:-1]), video)]
         if record.uid not in self.records: self.records[record.uid] = file, place, struct.pack('7q', *now); return None
         file, place, before = self.records[record.uid]
         pairs = zip(self.FIELDS, struct.unpack('7q', before), now)
-        return f'{file}: {place}' if place else file, {name: 'both' if a and b else 'there' if a else 'here' for name, a, b in pairs if a != b}
+        differ = {name: 'both' if a and b else 'there' if a else 'here' for name, a, b in pairs if a != b}
+        return f'{file}: {place}' if place else file, differ
 
 # %% ../nbs/01_reading.ipynb #e43d5b53
 def compare(record: VideoRecord, seen: Seen, file: str, place: str) -> tuple[VideoRecord | None, list[RecordError]]:
-    "The record, by a name that tells it from those before it if there is one, or None if it is one of them; and what is to be said of that."
+    "The record, by a name that tells it from those before it if there is one, or None if it is one of them; and what is odd."
     video = os.path.abspath(Path(file).parent/record.video) if record.video else ''
     problem = lambda why, kind, field, value, warning=True: RecordError(file, why, place or record.uid, field, value, kind, warning)
     problems, view = [], seen.view(record, video)
@@ -124,7 +126,7 @@ def compare(record: VideoRecord, seen: Seen, file: str, place: str) -> tuple[Vid
         lacks = ', '.join(name for name, said in differ.items() if said == 'here')
         more = f', which does not say its {lacks} (to have it, name this file before that one)' if lacks else ''
         return None, [*problems, problem(f'the same recording as in {there}{more}, and left out', 'twice, alike', 'video_uid', record.uid)]
-    why = f'the same name as in {there}, but not the same {", ".join(differ)}; if it is another dialogue or camera, its field dialogue or view must say so'
+    why = f'the same name as in {there}, but not the same {", ".join(differ)}; another dialogue or camera must say so in dialogue or view'
     return record, [*problems, problem(why, 'twice', 'video_uid', record.uid, False)]
 
 # %% ../nbs/01_reading.ipynb #c84f1f31
@@ -177,7 +179,9 @@ def read_entries(
             try:
                 file = next(files, None)
                 if file is None: break
-                if isinstance(file, RecordError): yield Entry(file.file, 'skipped' if file.warning else 'unknown', problems=[file]); continue
+                if isinstance(file, RecordError):
+                    yield Entry(file.file, 'skipped' if file.warning else 'unknown', problems=[file])
+                    continue
                 name = file.name
                 for entry, place in _entries_in(file, level, lengths): yield examine(entry, place, seen, lengths, policy, look)
             except RecordError as e: yield Entry(name, 'unknown', problems=[e])

@@ -72,10 +72,12 @@ def check(entries: Iterator[Entry], report=None) -> Summary:
 # %% ../nbs/01_reading_summary.ipynb #14edc9c0
 def summary_line(path, records: list, of: int, limit=None) -> str:
     "How many recordings are used of how many, and how many streams they are if several cameras or dialogues are of one."
-    recordings = len({r.video_uid for r in records})
-    streams = f', {len(records)} streams' if len(records) > recordings else ''
-    return f'{path}: {recordings} ' + (f'of {of} ' if recordings < of else '') + f'recordings{streams}' + (f' (data.limit={limit})' if limit and recordings < of else '')
+    used = len({r.video_uid for r in records})
+    share = f'{used} of {of} recordings' if used < of else f'{used} recording{"s"*(used > 1)}'
+    streams = f', {len(records)} streams' if len(records) > used else ''
+    return f'{path}: {share}{streams}' + (f' (data.limit={limit})' if limit and used < of else '')
 
 def kind_lines(summary: Summary) -> list[str]:
     "A line for each kind of problem, with its first example."
-    return [f'  {n} × {severity}: {kind}; the first: {summary.first[severity, kind]}' for (severity, kind), n in sorted(summary.kinds.items())]
+    kinds = sorted(summary.kinds.items())
+    return [f'  {n} × {severity}: {kind}; the first: {summary.first[severity, kind]}' for (severity, kind), n in kinds]

@@ -35,11 +35,12 @@ def read_records(
     """Records of any known format, files in sorted order. Raises the first `RecordError`; with `skip`, records that have one are left
     out, and with `clip` those that run past their video are cut to it, and a Python warning says how many."""
     records, _, odd = _read(paths, level, lengths, policy)
-    if odd: warnings.warn(f'left out or clipped: {len(odd)}, the first: {odd[0]}; python -m dst_smolvlm.records check lists them', stacklevel=2)
+    if odd: warnings.warn(f'left out or clipped: {len(odd)}, the first: {odd[0]}; '
+                          'python -m dst_smolvlm.records check lists them', stacklevel=2)
     return [record for record, _ in records]
 
 def _read(paths, level='step', lengths=None, policy='strict') -> tuple[list[tuple[VideoRecord, str]], Summary, list[RecordError]]:
-    "Records with the file from which each was read, the summary of all, and the errors that were passed over; raises the first that is not."
+    "Records with the file of each, the summary of all, and the errors that were passed over; raises the first other."
     if level not in LEVELS: raise InputError(f'level={level}: choose {", ".join(LEVELS)}')
     if policy not in POLICIES: raise InputError(f'policy={policy}: choose {", ".join(POLICIES)}')
     records, summary, odd, no_labels = [], Summary(), [], None
@@ -122,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument('--level', choices=LEVELS, default='step', help='where a format has several')
         sub.add_argument('--policy', choices=POLICIES, default='strict', help='strict: nothing may be wrong; '
                          'skip: leave out records that have an error; clip: cut those that run past their video')
-        sub.add_argument('--lengths', help="a table with the columns video_uid and duration, JSON {video_uid: seconds}, or ProAssist's list of video_uid "
-                         'and arrow_frames, 2 a second')
+        sub.add_argument('--lengths', help="a table with the columns video_uid and duration, JSON {video_uid: seconds}, or ProAssist's "
+                         'list of video_uid and arrow_frames, 2 a second')
         sub.add_argument('--videos', help='folder of videos named after their video_uid; their lengths are looked at')
         sub.add_argument('--report', help='JSON file for all problems')
         if name != 'check': sub.add_argument('--out', required=True, help='JSONL file to write')
@@ -135,7 +136,7 @@ UIDS, SECONDS = ('video_uid', 'video_id', 'recording_id', 'video', 'uid'), ('dur
 
 def read_lengths(path) -> dict[str, float]:
     "Seconds of videos by `video_uid`, from JSON or a table; raises `RecordError`."
-    text, places = read_text(partial(open_path, Path(path)), path), {}
+    text = read_text(partial(open_path, Path(path)), path)
     if text.lstrip()[:1] in ('{', '['):
         given = parse_json(text, path)
         if is_frame_counts(given): given = {item['video_uid']: item['arrow_frames']/2 for item in given if is_frame_counts([item])}
@@ -144,7 +145,8 @@ def read_lengths(path) -> dict[str, float]:
         names, *rest = read_header(lines := split_lines(text))
         names = [name.lower() for name in names]
         uid, seconds = (next((name for name in known if name in names), None) for known in (UIDS, SECONDS))
-        if not (uid and seconds): raise InputError(f'{path}: neither JSON, {{video_uid: seconds}}, nor a table with the columns video_uid and duration')
+        if not (uid and seconds):
+            raise InputError(f'{path}: neither JSON, {{video_uid: seconds}}, nor a table with the columns video_uid and duration')
         rows = read_table(lines, names, *rest).rows
         wrong = next(((line, row['']) for line, row in rows if '' in row), None)
         if wrong: raise RecordError(path, wrong[1], f'line {wrong[0]}', kind='not readable')
@@ -155,7 +157,7 @@ def read_lengths(path) -> dict[str, float]:
 
 # %% ../nbs/01_records.ipynb #69f0c7b9
 class Lengths(Mapping):
-    "Seconds of videos by name: those that were `given` win over those of the video files that were `found`; and the names that were of use."
+    "Seconds of videos by name, where those that were `given` win over those of the files that were `found`; and the names of use."
     def __init__(self, given: Mapping, found: Mapping): self.given, self.found, self.used = given, found, set()
     def __getitem__(self, uid: str) -> float:
         seconds = (self.given if uid in self.given else self.found)[uid]
