@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ARCHIVES', 'LARGEST_FILE', 'LONGEST_LINE', 'LARGEST_UNPACKED', 'LARGEST_RATIO', 'ALWAYS_ALLOWED',
-           'UNREADABLE', 'File', 'stem_of', 'is_archive', 'Allowance', 'file_at', 'open_path', 'read_text',
-           'json_lines', 'find_files']
+           'MOST_MEMBERS', 'UNREADABLE', 'File', 'stem_of', 'is_archive', 'Allowance', 'file_at', 'open_path',
+           'read_text', 'json_lines', 'find_files']
 
 # %% ../nbs/01_files.ipynb #84262fee
-import gzip, io, posixpath, re, shutil, stat, tarfile, tempfile, zipfile, zlib
+import gzip, io, itertools, posixpath, re, shutil, stat, tarfile, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -46,6 +46,7 @@ LARGEST_FILE = 2**29         # bytes; only JSONL, which is read by lines, may be
 LONGEST_LINE = 2**26         # characters; a longer line of JSONL is no record
 LARGEST_UNPACKED = 2**32     # bytes that one compressed file, or all files of one archive, may unpack to
 LARGEST_RATIO, ALWAYS_ALLOWED = 200, 2**26
+MOST_MEMBERS = 2**18         # of a tar archive, whose list of contents is compressed as well
 
 class Allowance:
     "How many bytes may still be unpacked from what has `packed` bytes."
@@ -148,14 +149,17 @@ def _in_archive(path: Path) -> Iterator[File | RecordError]:
 
 def _members(path: Path, allowance: Allowance) -> dict[str, Callable | None]:
     "How to open each member of an archive that is a file, by name; None for links and devices."
+    if path.exists() and not path.is_file(): raise OSError('not a file')
     if path.name.lower().endswith('.zip'):
         archive = zipfile.ZipFile(path)                                      # open for as long as one of its files may be asked for
         links = {i.filename for i in archive.infolist() if stat.S_ISLNK(i.external_attr >> 16)}
         files = {i.filename: partial(archive.open, i.filename) for i in archive.infolist() if not i.is_dir()}
     else:
         archive = tarfile.open(fileobj=_tar_file(path), mode='r:')
-        files = {m.name: partial(archive.extractfile, m) for m in archive.getmembers() if not m.isdir()}
-        links = {m.name for m in archive.getmembers() if not m.isreg()}
+        members = list(itertools.islice(archive, MOST_MEMBERS + 1))
+        if len(members) > MOST_MEMBERS: raise OSError(f'holds more than {MOST_MEMBERS} files')
+        files = {m.name: partial(archive.extractfile, m) for m in members if not m.isdir()}
+        links = {m.name for m in members if not m.isreg()}
     return {name: None if name in links else partial(_unpacked, name, opened, allowance) for name, opened in files.items()}
 
 def _tar_file(path: Path) -> io.BufferedIOBase:
