@@ -133,7 +133,7 @@ def read_step_table(table: Table, source: Source) -> VideoRecord:
     rows = [validate_row(TableStep, line, row, source, source.stem) for line, row in table.rows]
     steps = of_level(rows, source, source.stem, 'type')
     if not table.ended and table.columns[-1] == 'name': source.warn_of_end(source.stem, table.rows[-1][0])
-    return _bare_record([dict(id=s.id.strip(), name=s.name.strip(), spans=[(s.start, s.end)]) for s in steps], 'table', source)
+    return _bare_record([dict(id=s.id.strip(), name=' '.join(s.name.split()), spans=[(s.start, s.end)]) for s in steps], 'table', source)
 
 def _bare_record(steps: list[dict], dataset: str, source: Source) -> VideoRecord:
     "A record of steps alone, named after its file."

@@ -112,7 +112,7 @@ def read_assembly101_fine(part: tuple[str, list], source: Source) -> VideoRecord
     found = {}
     for line, row in rows:
         a = validate_row(FineAction, line, row, source, uid)
-        found[a.name, a.start/FPS_ASSEMBLY101, a.end/FPS_ASSEMBLY101] = None
+        found[' '.join(a.name.split()), a.start/FPS_ASSEMBLY101, a.end/FPS_ASSEMBLY101] = None
     return _assembly(uid, [(name, name, start, end) for name, start, end in found], source)
 
 # %% ../nbs/01_formats_tables.ipynb #11e4b12b
