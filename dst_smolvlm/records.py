@@ -61,11 +61,11 @@ def load_records(data) -> list[VideoRecord]:
     limit = data.limit
     if limit is not None and (type(limit) is not int or limit < 1):
         raise InputError(f'data.limit={limit}: must be a whole number of recordings, at least 1, or null for all of them')
-    found, summary, odd = _read(data.path, data.get('level') or 'step', None, data.get('policy') or 'strict')
+    found, summary, _ = _read(data.path, data.get('level') or 'step', None, data.get('policy') or 'strict')
     uids = list(dict.fromkeys(r.video_uid for r, _ in found))
     used = {*uids[:limit]}
-    found, lost = [(r, file) for r, file in found if r.video_uid in used], sum(not p.warning for p in odd)
-    _say('\n'.join([summary_line(data.path, [r for r, _ in found], len(uids) + lost, limit), *kind_lines(summary)]))
+    found = [(r, file) for r, file in found if r.video_uid in used]
+    _say('\n'.join([summary_line(data.path, [r for r, _ in found], len(uids) + summary.lost, limit), *kind_lines(summary)]))
     if data.source != 'video': return [r for r, _ in found]
     for r, _ in found:
         if not r.video:

@@ -447,12 +447,12 @@ def test_training_says_what_it_does_not_use(tmp_path, capsys):
     group = lambda *more: compose_config(['data=records', 'data.source=replay', f'data.path={tmp_path}', *more]).data
     assert len(load_records(group())) == 12 and capsys.readouterr().out == f'{tmp_path}: 12 recordings\n'
     assert len(load_records(group('data.limit=5'))) == 5 and capsys.readouterr().out == f'{tmp_path}: 5 of 12 recordings (data.limit=5)\n'
-    odd = NATIVE | {'duration': 1.}, NATIVE | {'video_uid': 'w', 'duration': -1}, records[0]
+    odd = NATIVE | {'duration': .1, 'turns': [NATIVE['turns'][0] | {'time': 5.}]}, NATIVE | {'video_uid': 'w', 'duration': -1}, records[0]
     (tmp_path/'b.jsonl').write_text('\n'.join(map(json.dumps, odd)))
     assert len(load_records(group('data.policy=skip'))) == 12
     lines = capsys.readouterr().out.split('\n')
     assert lines[0] == f'{tmp_path}: 12 of 14 recordings'
-    kinds = ['  1 × error: past the video', '  1 × error: wrong value', '  1 × warning: twice, alike']
+    kinds = ['  2 × error: past the video', '  1 × error: wrong value', '  1 × warning: twice, alike']
     assert [line.split(';')[0] for line in lines[1:-1]] == kinds
 
 
