@@ -88,8 +88,8 @@ def _object(pairs: list[tuple]) -> dict:
 # %% ../nbs/01_annotation.ipynb #77203f8a
 def encoding_of(head: bytes) -> str:
     "The encoding of a text that begins with these bytes: UTF-8, unless a byte order mark or the places of its zero bytes say otherwise."
-    for mark, name in ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16')):
-        if head.startswith(mark): return name
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)): return 'utf-32'
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): return 'utf-16'
     zero = ''.join('0' if head[i:1024:4].count(0) > len(head[:1024])/16 else 'x' for i in range(4))
     return {'x0x0': 'utf-16-le', '0x0x': 'utf-16-be', 'x000': 'utf-32-le', '000x': 'utf-32-be'}.get(zero, 'utf-8-sig')
 
@@ -103,8 +103,9 @@ def decode_text(content: bytes, name, record: str = '') -> str:
         raise RecordError(name, f'not a readable text ({e.reason} for {encoding.removesuffix("-sig").upper()} at byte {e.start}); {hint}',
                           record, kind='not readable') from None
 
-_MAGIC = {b'\x1f\x8b': 'gzip, whose name must end in .gz', b'PK': 'a zip archive or a spreadsheet (.xlsx)', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz',
-          b'(\xb5/\xfd': 'zstd', b'\xff\xd8\xff': 'a picture', b'\x89PNG': 'a picture', b'%PDF': 'PDF', b'\xd0\xcf\x11\xe0': 'an Excel or Word file'}
+_MAGIC = {b'\x1f\x8b': 'gzip, whose name must end in .gz', b'PK': 'a zip archive or a spreadsheet (.xlsx)', b'BZh': 'bzip2',
+          b'\xfd7zXZ': 'xz', b'(\xb5/\xfd': 'zstd', b'\xff\xd8\xff': 'a picture', b'\x89PNG': 'a picture', b'%PDF': 'PDF',
+          b'\xd0\xcf\x11\xe0': 'an Excel or Word file', b'\0\5\x16\7': 'the twin that a Mac writes beside a file'}
 
 # %% ../nbs/01_annotation.ipynb #9f657ebc
 class _Model(BaseModel):

@@ -10,12 +10,14 @@ __all__ = ['PROASSIST_FORMATS', 'Printed', 'parse_printed', 'read_printed', 'Gen
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .annotation import BACKWARDS, RecordError, VideoRecord, validate
-from .formats import LEVELS, Foreign, Format, Lines, Source, Words, collect_steps, dialogue_of, event_times, has, items
-from .formats import name_of, or_list_of, read_turns
+from .delimited import Lines
+from .formats import LEVELS, Foreign, Format, Source, Words, collect_steps, dialogue_of, event_times, has, items
+from .formats import name_of, or_list_of, read_turns, seconds_of
 from .state import frame_of
 
 # %% ../nbs/01_formats_proassist.ipynb #fd5e555f
@@ -81,11 +83,13 @@ class Generated(Foreign):
     knowledge: Words = Field('', alias='inferred_knowledge')
     anns: dict | None = Field(None, alias='parsed_video_anns')
 
+_Moment = Annotated[float, BeforeValidator(lambda value: 0. if value is None else seconds_of(value))]
+
 class Annotations(Foreign):
     "What `parsed_video_anns` says."
     dataset: str = 'proassist'
-    duration: float = Field(0, ge=0, le=1e9)
-    start: float = Field(0, ge=0, le=1e9, alias='video_start_time')
+    duration: _Moment = Field(0., ge=0, le=1e9)
+    start: _Moment = Field(0., ge=0, le=1e9, alias='video_start_time')
     text: str | None = Field(None, alias='all_step_descriptions')
 
 class Conversation(Foreign):
@@ -122,7 +126,7 @@ class Prepared(Foreign):
     video_uid: str = Field(min_length=1)
     dataset: str = 'proassist'
     fps: float = Field(2., gt=0, le=240)
-    end_frame_idx: int = Field(gt=0, lt=2**31)
+    end_frame_idx: Any = None
     clip_idx: int | None = None
     sample_idx: int | None = None
     conversation: list
@@ -144,8 +148,10 @@ def read_prepared(data, source: Source) -> VideoRecord:
         if after.start != before.end:
             why = f'the frames before it end at {before.end}'
             source.warn(why, uid, f'conversation[{i}].start', after.start, kind='frames do not join')
-    last = max([sample.end_frame_idx, *(frame_of(t.time, sample.fps) for t in turns)])
-    last, meta = min(last, sample.end_frame_idx + 2), sample.metadata or {}          # a turn far beyond the frames is no part of the video
+    seen = [f.end/sample.fps for _, f in frames] + [t.time for t in turns]
+    end = round(source.length(uid, 'end_frame_idx', sample.end_frame_idx, seen, sample.fps, 1/sample.fps)*sample.fps)
+    last = max([end, *(frame_of(t.time, sample.fps) for t in turns)])
+    last, meta = min(last, end + 2), sample.metadata or {}          # a turn far beyond the frames is no part of the video
     fields = dict(video_uid=uid, dataset=sample.dataset, fps=sample.fps, duration=last/sample.fps, steps=[], turns=turns,
                   goal=meta.get('task_goal') or '', knowledge=meta.get('knowledge') or _told(sample.conversation),
                   dialogue=dialogue_of(meta, sample.clip_idx) or (f'sample_{sample.sample_idx}' if sample.sample_idx is not None else ''))

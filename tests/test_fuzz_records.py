@@ -1,8 +1,8 @@
 """Whatever stands in a file, reading it gives good records or RecordErrors that name the file; never another exception, never a hang.
 
 Inputs in `make test`: 1200 values put into the seeds of all formats, 700 seeds and 1500 real files with spoilt bytes (where they
-are at hand), 150 archives, 300 of noise."""
-import json, os, random, signal, zipfile
+are at hand), 360 archives and compressed files, 300 of noise."""
+import gzip, io, json, os, random, signal, tarfile, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from seeds import FORMATS, OBJECTS, seed_text
 
 from dst_smolvlm.annotation import VideoRecord
 from dst_smolvlm.formats import LEVELS
-from dst_smolvlm.formats_public import COMPANIONS
+from dst_smolvlm.formats_tables import COMPANIONS
 from dst_smolvlm.reading import POLICIES, read_entries
 from dst_smolvlm.records import RecordError, check
 
@@ -167,22 +167,36 @@ def test_spoilt_files_long(tmp_path, seed):
     spoil_files(tmp_path, [(name, seed_text(name).encode()) for name in FORMATS] + real_files(), 3000, seed + 1)
 
 
-def test_spoilt_archives(tmp_path):
+def packed(path, names=FORMATS):
+    "An archive, or a compressed file, of the seeds."
+    if path.suffix == '.gz' and '.tar' not in path.name: path.write_bytes(gzip.compress(seed_text(path.stem).encode())); return
+    if path.suffix == '.zip':
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+            for name in names: z.writestr(f'labels/{name}', seed_text(name))
+        return
+    with tarfile.open(path, 'w' if path.suffix == '.tar' else 'w:gz') as t:
+        for name in names:
+            member = tarfile.TarInfo(f'labels/{name}')
+            member.size = len(content := seed_text(name).encode())
+            t.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a.tar', 'a.tgz', 'epic.csv.gz', 'a.jsonl.gz', 'dst.json.gz'])
+def test_spoilt_archives(tmp_path, name):
     "An archive is binary: its directory, its checksums and its compressed bytes may all be wrong."
-    with zipfile.ZipFile(tmp_path/'whole.zip', 'w', zipfile.ZIP_DEFLATED) as z:
-        for name in FORMATS: z.writestr(f'labels/{name}', seed_text(name))
-    assert examine(tmp_path/'whole.zip') >= len(FORMATS)
-    rng, content = random.Random(0), (tmp_path/'whole.zip').read_bytes()
-    for _ in range(150):
-        (tmp_path/'a.zip').write_bytes(spoil(content, rng))
-        examine(tmp_path/'a.zip')
+    packed(tmp_path/name)
+    assert examine(tmp_path/name) >= (1 if name.endswith('.gz') else len(FORMATS))
+    rng, content = random.Random(0), (tmp_path/name).read_bytes()
+    for _ in range(60):
+        (tmp_path/name).write_bytes(spoil(content, rng))
+        examine(tmp_path/name)
 
 
 @example('a.json', b'\xef\xbb\xbf{}').via('a byte order mark')
 @example('a.csv', b'video_id,start_timestamp,stop_timestamp\n' + b'a'*200_000)
 @example('a.tsv', b'type\tid\tstart_ts\tend_ts\tname\nstep\tS1\t1\t2\ta\x00b\n')
 @settings(max_examples=300, **thorough)
-@given(st.sampled_from(['a.json', 'a.jsonl', 'a.tsv', 'a.csv', 'a.txt', 'a.zip']), st.binary(max_size=200))
+@given(st.sampled_from(['a.json', 'a.jsonl', 'a.tsv', 'a.csv', 'a.txt', 'a.zip', 'a.tar', 'a.tgz', 'a.csv.gz']), st.binary(max_size=200))
 def test_noise(tmp_path, name, content):
     (tmp_path/name).write_bytes(content)
     examine(tmp_path/name)
@@ -216,7 +230,7 @@ def test_a_large_file_takes_no_more_memory(tmp_path, good):
 
 
 def test_one_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr('dst_smolvlm.reading.LONGEST_LINE', 10_000)
+    monkeypatch.setattr('dst_smolvlm.files.LONGEST_LINE', 10_000)
     (tmp_path/'a.jsonl').write_text(lines(1, True) + '{"a": "' + 'x'*1_000_000 + '"}\n' + lines(2, True).split('\n')[1])
     entries = list(read_entries(tmp_path/'a.jsonl'))
     assert [bool(e.record) for e in entries] == [True, False, True] and 'line 2: longer than' in str(entries[1].problems[0])
