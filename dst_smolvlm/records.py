@@ -13,14 +13,14 @@ from functools import cache, partial
 from pathlib import Path
 
 from .annotation import RecordError, Step, TimestampToStateConverter, Turn, VideoRecord, parse_json, write_records
-from .config import InputError, atomic_write, run_cli
+from .config import InputError, atomic_write, check_outputs, run_cli
 from .delimited import read_header, read_table, split_lines
 from .files import open_path, read_text
 from .footage import video_lengths
 from .formats import LEVELS, length_of
 from .formats_proassist import is_frame_counts
 from .reading import POLICIES, Entry, Seen, examine, read_entries
-from .reading_summary import Summary, check, kind_lines, summary_line
+from .reading_summary import REPORT, Summary, check, kind_lines, summary_line
 
 # %% ../nbs/01_records.ipynb #92b067e3
 _all_ = ['RecordError', 'Step', 'TimestampToStateConverter', 'Turn', 'VideoRecord', 'write_records']
@@ -202,15 +202,29 @@ def _moved(record: VideoRecord, before: Path, after: Path) -> VideoRecord:
     "The record, with the path of its video as seen from another folder."
     return record.model_copy(update=dict(video=os.path.relpath(before/record.video, after))) if record.video else record
 
+# %% ../nbs/01_records.ipynb #d79a3c18
+def _check_names(args) -> set[Path]:
+    "Raises `InputError` where the command would write over what it reads; → the reports among them, which are not read."
+    outputs = {f'--{key}': path for key in ('out', 'report') if (path := getattr(args, key, None))}
+    inputs = {'PATHS': args.paths, '--steps': getattr(args, 'steps', None), '--lengths': args.lengths, '--videos': args.videos}
+    check_outputs(outputs, inputs, within=False)
+    check_outputs({name: path for name, path in outputs.items() if not _is_report(path)}, inputs)
+    return {Path(path).resolve() for path in outputs.values() if _is_report(path)}
+
+def _is_report(path) -> bool:
+    "Does a file hold what `check` writes?"
+    path = Path(path)
+    if not path.is_file(): return False
+    with path.open('rb') as f: return f.read(len(REPORT)) == REPORT.encode()
+
 # %% ../nbs/01_records.ipynb #d16a6aa1
 @run_cli
 def main(argv=None):
     "The command: `check`, `convert` or `join`; its exit status is 1 if there were errors."
     args = _parser().parse_args(argv)
+    own = _check_names(args)
     lengths = Lengths(read_lengths(args.lengths) if args.lengths else {}, video_lengths(args.videos) if args.videos else {})
     out, report = getattr(args, 'out', None), args.report
-    if out and report and Path(out).resolve() == Path(report).resolve(): raise InputError(f'{out}: --out and --report name the same file')
-    own = {Path(p).resolve() for p in (out, report) if p}
     read = lambda paths: read_entries(paths, args.level, lengths, args.policy, True, own)
     entries = join_entries(read(args.paths), read(args.steps), lengths, args.policy) if args.command == 'join' else read(args.paths)
     entries = itertools.chain(entries, lengths.entries(args.videos))

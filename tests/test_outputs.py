@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest
 
-from dst_smolvlm import cache, stream
+from dst_smolvlm import cache, records, stream
 from dst_smolvlm.model import build_tiny, save_model
 from dst_smolvlm.trace import read_trace
 from dst_smolvlm.video import video_length, write_video
@@ -99,3 +99,31 @@ def test_steps_saved_by_notepad(here, checkpoint):
     if not case.is_file(): pytest.skip(f'{case}: not found')
     shutil.copyfile(case, 'steps.json')
     assert [s['name'] for s in streamed(checkpoint, 'trace.json').model_dump()['steps']] == json.loads(case.read_text(encoding='utf-8-sig'))
+
+
+# Annotations
+
+@pytest.fixture
+def labels(here):
+    "A folder of annotations."
+    os.mkdir('labels')
+    for name in 'ab':
+        record = dict(video_uid=name, dataset='kitchen', duration=3., steps=[dict(id='S1', name='boil', spans=[[0, 1]])])
+        (here/'labels'/f'{name}.jsonl').write_text(json.dumps(record) + '\n')
+    (here/'labels'/'lengths.json').write_text('{"a": 3.0}')
+    return 'labels'
+
+@pytest.mark.parametrize('argv', [
+    ['convert', 'labels/a.jsonl', '--out', 'labels/a.jsonl'], ['convert', 'labels', '--out', 'labels/b.jsonl'],
+    ['convert', 'labels/a.jsonl', '--out', 'labels/lengths.json', '--lengths', 'labels/lengths.json'],
+    ['convert', 'labels/a.jsonl', '--out', 'c.jsonl', '--report', './c.jsonl'],
+    ['convert', 'labels', '--out', 'labels'],
+    ['convert', 'labels/a.jsonl', '--videos', '.', '--out', 'kitchen.mp4'], ['check', 'labels', '--report', 'labels/a.jsonl'],
+    ['join', 'labels/a.jsonl', '--steps', 'labels/b.jsonl', '--out', 'labels/b.jsonl']])
+def test_records_may_not_replace_what_they_are_read_from(refused, labels, argv): refused(records, argv, '--', 'name')
+
+
+def test_a_report_may_be_written_twice_among_the_annotations(here, labels):
+    os.remove('labels/lengths.json')
+    for _ in range(2): records.main(['check', 'labels', '--report', 'labels/report.json'])
+    assert json.loads(Path('labels/report.json').read_text())['problems'] == []

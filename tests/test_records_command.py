@@ -139,14 +139,17 @@ def test_an_interrupted_check_leaves_no_report(tmp_path, monkeypatch):
 
 
 def test_outputs_in_the_folder_that_is_read(tmp_path, capsys):
-    "A second run reads what the first one read, and the path of a video is right from wherever the records lie."
+    "The path of a video is right from wherever the records lie; a second run does not take records for results, or results for records."
     (tmp_path/'in').mkdir()
     write_video(tmp_path/'in'/'tea.mp4', np.zeros((13, 48, 64, 3), np.uint8), fps=2)
     (tmp_path/'in'/'a.jsonl').write_text(json.dumps(NATIVE | {'video': 'tea.mp4'}))
+    convert = 'convert', tmp_path/'in', '--out', tmp_path/'in'/'sub'/'all.jsonl', '--report', tmp_path/'in'/'report.json'
     for _ in range(2):
-        assert command('convert', tmp_path/'in', '--out', tmp_path/'in'/'sub'/'all.jsonl', '--report', tmp_path/'in'/'report.json') == 0
+        assert command(*convert) == 0
         assert [r.video for r in read_records(tmp_path/'in'/'sub')] == ['../tea.mp4']
         assert command('check', tmp_path/'in'/'sub', '--report', tmp_path/'r.json') == 0 and problems(tmp_path/'r.json') == []
+        assert command(*convert) == 2 and 'remove it first' in capsys.readouterr().err       # as if it were an annotation of the user's
+        (tmp_path/'in'/'sub'/'all.jsonl').unlink()
     assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path/'x', '--report', tmp_path/'x') == 2
     assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path) == 2 and 'is a folder' in capsys.readouterr().err
 

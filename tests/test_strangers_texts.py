@@ -496,7 +496,7 @@ def test_holoassist_has_no_limit(): assert compose_config(['data=holoassist']).d
 @pytest.mark.parametrize('name, content', [
     ('a.json', '{"b": 60.5}'.encode('utf-16')), ('a.json.gz', gzip.compress(b'{"b": "60.5"}')), ('a.csv', b'video_uid,duration\nb,60.5\n'),
     ('a.csv', '\ufeff"video_id";"seconds"\r\n"b";"60,5"\r\n'.encode()),
-    ('a.csv.gz', gzip.compress(b'note,video_uid,duration\n"a\nb",b,0:01:00.5\n'))])
+    ('a.csv.gz', gzip.compress(b'note,video_uid,duration\n"a\nb",b,0:01:00.5\n'))], ids=['utf-16', 'json.gz', 'csv', 'excel', 'csv.gz'])
 def test_lengths_as_they_come(tmp_path, name, content):
     (tmp_path/'b.tsv').write_text(TABLE)
     (tmp_path/name).write_bytes(content)
