@@ -98,18 +98,19 @@ def shortage(record: VideoRecord, path: Path, count: int, why: str) -> RecordErr
 # %% ../nbs/02_probe.ipynb #4c01e8ad
 LISTED = 20    # errors; who has more has one cause for most of them
 
-def list_errors(errors: list):
+def list_errors(errors: list, most: int = LISTED):
     "Print errors to stderr, one a line; of many the first."
-    for error in errors[:LISTED]: print(error, file=sys.stderr)
-    if len(errors) > LISTED: print(f'and {len(errors) - LISTED} more', file=sys.stderr, flush=True)
+    for error in errors[:most]: print(error, file=sys.stderr)
+    if len(errors) > most: print(f'and {len(errors) - most} more', file=sys.stderr, flush=True)
 
 def check_videos(
     footage: Iterable[tuple[VideoRecord, Path]],  # as for `probe_videos`
     advice: str,                                  # what the user may do, beside mending the files
+    bar: bool = True,                             # as for `probe_videos`
 ):
     "List all videos that are missing or too short, and raise one `InputError` if there are any."
     footage = list(footage)
-    errors = probe_videos(footage)
+    errors = probe_videos(footage, bar)
     list_errors(errors)
     if errors: raise InputError(f'the videos of {len(errors)} of {len(footage)} records are missing, broken or too short (listed above); '
                                 f'mend them, or {advice}')
