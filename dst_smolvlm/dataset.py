@@ -157,7 +157,8 @@ def clip_bounds(record:VideoRecord, layout:StreamLayout, max_tokens:float) -> li
         fair, stop = left/np.ceil(left/room), T                                             # fair: what each of the remaining clips gets
         if left > room:
             first, last = np.searchsorted(place, place[start] + [.7*fair, min(1.3*fair, room)], 'right')
-            stop = max(range(max(first, start + 1), max(last, start + 2)), key=lambda t: (quiet[t], -abs(place[t] - place[start] - fair)))
+            first = max(first, start + 1)
+            stop = max(range(first, max(last, first + 1)), key=lambda t: (quiet[t], -abs(place[t] - place[start] - fair)))
         clips.append((start, stop, int(place[stop] - place[start]) + prompt))
         start = stop
     return clips

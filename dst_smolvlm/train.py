@@ -44,7 +44,7 @@ class StreamingValidation:
     def __init__(self, cfg, layout, scenes): self.cfg, self.layout, self.scenes = cfg, layout, scenes
 
     def traces(self, trainer) -> list:
-        "Of every scene the trace, or None if its context was full, or the error if it cannot be decoded; ranks share the work, and have all."
+        "Of every scene the trace, or None if its context was full, or the error if it cannot be decoded; ranks share this and have all."
         acc, model = trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model)
         options, found = runner_options(self.cfg, model, dict(speak=.5, update=.5)), []
         mine = range(acc.process_index, len(self.scenes), acc.num_processes)
@@ -160,9 +160,10 @@ def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
 # %% ../nbs/13_train.ipynb #0127c31f
 def how_many(data:DSTStreamDataset) -> str:
     "How many rows an epoch has, and what they are taken from."
-    clips, scenes = [f'{len(data)} clips'] if data.split_long else [], data.scenes
-    videos = [] if isinstance(scenes, ToyScenes) else [f'{len({s.record.video_uid for s in scenes})} videos']
-    return ' of '.join([*clips, f'{len(scenes)} streams', *videos])
+    counts = dict(clip=len(data)) if data.split_long else {}
+    counts['stream'] = len(data.scenes)
+    if not isinstance(data.scenes, ToyScenes): counts['video'] = len({s.record.video_uid for s in data.scenes})
+    return ' of '.join(f'{n} {what}{"s"*(n != 1)}' for what, n in counts.items())
 
 # %% ../nbs/13_train.ipynb #f49eb127
 def check_footage(trainer, last:str|None=None):
