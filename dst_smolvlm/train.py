@@ -172,7 +172,7 @@ def check_footage(trainer, last:str|None=None):
     scenes = [data.scenes for data in (None if args.features else trainer.train_dataset, trainer.eval_dataset) if data is not None]
     footage = [(s.record, s.path) for some in scenes if not isinstance(some, ToyScenes) for s in some if isinstance(s, VideoScene)]
     if not args.probe or not footage: return
-    advice = ('their clips are replaced: the run goes on' if last else
+    advice = ('their clips will be replaced; the run goes on' if last else
               'set train.probe=false: their clips are then replaced, as many as train.max_failed_clips allows')
     if trainer.is_world_process_zero():
         try: check_videos(footage, advice, not args.disable_tqdm)
@@ -303,7 +303,8 @@ def training_facts(cfg, trainer) -> dict:
     kept = state.best_global_step if trainer.args.load_best_model_at_end and state.best_global_step else state.global_step
     found = [h for h in state.log_history if 'eval_loss' in h and h['step'] == kept]
     metrics = {f"validation {k[5:].replace('_', ' ')}": round(v, 4) for h in found[-1:] for k, v in h.items() if k.startswith('eval_')}
-    return dict(data=cfg.data.name, streams=len(trainer.train_dataset), steps=state.global_step, checkpoint_of_step=kept,
+    replaced = dict(clips_not_decoded=len(trainer.failed.training)) if trainer.failed.training else {}
+    return replaced | dict(data=cfg.data.name, streams=len(trainer.train_dataset), steps=state.global_step, checkpoint_of_step=kept,
                 seed=trainer.args.seed, learning_rate=trainer.args.learning_rate, lora_rank=trainer.args.lora_rank, metrics=metrics)
 
 # %% ../nbs/13_train.ipynb #076a20ea
