@@ -26,14 +26,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from .adapters import adapt, check_rates, is_adapted, load_adapter, merged, part_sizes, quantization, save_adapter
 from .baselines import baseline_trace
 from .config import InputError, atomic_write, parse_cli, run_cli, save_config
-from .dataset import (
-    DecodeError, DSTStreamDataset, StreamCollator, ToyScenes, VideoScene, load_glimpse_scenes, load_scenes, scene_video)
+from .dataset import DSTStreamDataset, StreamCollator
 from .features import FeatureStore, encoder_fingerprint, load_encoder
 from .loss import PARTS, weights_from_data
 from .memory import estimate_memory, verdict
 from .metrics import COLUMNS, score_traces
 from .model import load_model, save_model
 from .probe import check_videos, list_errors
+from .scenes import DecodeError, ToyScenes, VideoScene, load_glimpse_scenes, load_scenes, scene_video
 from .stream import runner_options, stream_record
 from .trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
 from .tuning import tune_thresholds, with_thresholds

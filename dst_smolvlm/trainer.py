@@ -21,10 +21,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import AdapterConfig, AdapterTraining, is_adapted, merged
 from .config import InputError
-from .dataset import DecodeError, LengthGroupedSampler, model_inputs
+from .dataset import LengthGroupedSampler, model_inputs
 from .loss import COUNTS, PARTS, LossConfig, loss_counts, multitask_loss
 from .model import quiet, save_model
 from .probe import list_errors
+from .scenes import DecodeError
 
 # %% ../nbs/09_trainer.ipynb #05c4df87
 @dataclass

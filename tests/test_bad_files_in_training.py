@@ -1,5 +1,5 @@
 """One bad file ends no run: it is named before the run begins, or replaced while it goes on, the same for every rank and after a kill."""
-import json, math, os, re, shutil, signal
+import errno, json, math, os, pickle, re, shutil, signal
 from pathlib import Path
 
 import av, numpy as np, pytest, torch
@@ -10,11 +10,12 @@ from transformers import PrinterCallback, TrainerCallback
 import processes
 from dst_smolvlm import features, train
 from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.dataset import DecodeError, DSTStreamDataset, ToyScenes, VideoScene, load_scenes, scene_video, split_records
+from dst_smolvlm.dataset import DSTStreamDataset
 from dst_smolvlm.features import write_store
 from dst_smolvlm.model import build_tiny
 from dst_smolvlm.probe import cache_file, count_frames, probe_videos
 from dst_smolvlm.records import VideoRecord, read_records, write_records
+from dst_smolvlm.scenes import DecodeError, ToyScenes, VideoScene, load_scenes, scene_video, split_records
 from dst_smolvlm.trainer import training_arguments
 from dst_smolvlm.video import write_video
 
@@ -110,7 +111,7 @@ def replaced(log): return re.findall(r'^.*another clip takes its place$', log, r
 def test_cut_off_in_the_second_epoch(footage, ranks, cut, save, kill, tmp_path):
     """Of six streams, six or three steps an epoch. The run goes on, says so once, and has learned the same until then as one with whole
     files. Killed and resumed, it ends with the same losses and weights, bit for bit, and reports nothing twice."""
-    steps, one = [f'++train.max_steps={3*6//ranks}', f'++train.save_steps={save}'], lambda status: status if ranks == 1 else [status]*ranks
+    steps, one = [f'++train.max_steps={dict([(1, 15), (2, 9)])[ranks]}', f'++train.save_steps={save}'], lambda status: status if ranks == 1 else [status]*ranks
     folders = {name: shutil.copytree(footage, tmp_path/f'data-{name}') for name in ('whole', 'cut', 'killed')}
     bad = {name: of_split(folder)[0] for name, folder in folders.items()}
     status, said = trained(tmp_path/'whole', folders['whole'], *steps, ranks=ranks)
@@ -247,6 +248,25 @@ def test_clips_of_a_split_stream(data):
         else: assert row['name'] == before[0][0]['name'] and torch.equal(row['pixel_values'], before[0][0]['pixel_values'])
 
 
+@pytest.mark.parametrize('error', (OSError(errno.EIO, 'Input/output error'), PermissionError(errno.EACCES, 'denied'), MemoryError()))
+def test_a_disk_that_fails_while_it_is_read(data, error, monkeypatch):
+    "Whatever a library says in the middle of a file: replaced, at the second."
+    decode = features.iter_frames
+    def failing(source, *args, **kwargs):
+        for frame in decode(source, *args, **kwargs):
+            if source.stem == bad and frame.index >= 15: raise error
+            yield frame
+    scenes = load_scenes(config(data).data, 'train')
+    bad = scenes[0].record.uid
+    monkeypatch.setattr(features, 'iter_frames', failing)
+    rows = DSTStreamDataset(scenes, build_tiny()[1], 64, dialogues=0, glimpses=0, from_middle=0, max_failed=.01)
+    (row,), _, [failed] = rows[0]
+    assert (failed.clip, failed.second) == (bad, 7.5) and type(error).__name__ in failed.why and not row['name'].startswith(bad)
+    with pytest.raises(DecodeError) as raised: list(scenes[0].iter_frames())
+    again = pickle.loads(pickle.dumps(raised.value))                  # as it goes from rank to rank
+    assert (str(again), again.record, again.frame) == (str(raised.value), scenes[0].record, 15)
+
+
 def test_how_many_may_fail():
     _, layout = build_tiny()
     allowed = lambda n, share: DSTStreamDataset(ToyScenes(length=n), layout, 64, max_failed=share).allowed_to_fail
@@ -333,6 +353,18 @@ def test_probe_is_cached_by_content(data, monkeypatch):
     cache_file().chmod(0o400), cache_file().parent.chmod(0o500)            # not writable, which only costs time
     try: assert [e.record for e in probe_videos(pairs[3:5])] == ['v3']
     finally: cache_file().parent.chmod(0o700)
+
+
+def test_a_folder_that_may_not_be_read(data, monkeypatch):
+    "Or a disk that is not there just now: said, and not believed the next time."
+    pairs, stat = [(r, data/r.video) for r in read_records(data/'records.jsonl')[:2]], Path.stat
+    def refuse(self, **kwargs):
+        if self.name == 'v1.mkv': raise PermissionError(errno.EACCES, 'Permission denied')
+        return stat(self, **kwargs)
+    monkeypatch.setattr(Path, 'stat', refuse)
+    assert [str(e) for e in probe_videos(pairs)] == [f'{data/"v1.mkv"}: v1: not readable (Permission denied)']
+    monkeypatch.setattr(Path, 'stat', stat)
+    assert probe_videos(pairs) == []
 
 
 @pytest.mark.parametrize('content', (b'', b'\0'*5000, b'not a video', None, 'folder', 'sound'))
