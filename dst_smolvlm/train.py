@@ -359,7 +359,8 @@ USAGE = """usage: python -m dst_smolvlm.train [--cfg] [group=choice] [group.key=
        accelerate launch -m dst_smolvlm.train ...                                        several GPUs
        ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dst_smolvlm.train ...      two CPU processes
 Trains a model and leaves OUTPUT_DIR/checkpoint. --cfg prints the resolved configuration and stops; train.dry_run=true says
-what the run would need, and stops."""
+what the run would need, and stops. Every video is looked at before the first step (train.probe=false: begins at once); a clip that
+fails later is replaced and named, and more than train.max_failed_clips of them end the run."""
 
 @run_cli
 def main(argv=None):
