@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'DTYPES', 'FRAMES_PER_BATCH', 'USAGE', 'encoder_fingerprint', 'file_hash', 'Video', 'list_videos',
            'file_name', 'write_tokens', 'open_features', 'StoreFiles', 'FeatureStore', 'encode_video', 'Claims',
-           'sweep', 'StoreReport', 'write_video', 'write_store', 'my_place', 'load_encoder', 'build_store', 'main']
+           'sweep', 'StoreReport', 'write_video', 'write_store', 'my_place', 'load_encoder', 'foresee', 'build_store',
+           'main']
 
 # %% ../nbs/07_features.ipynb #6a88013b
 import fcntl, hashlib, json, math, os, re, sys, time
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .config import InputError, atomic_write, parse_cli, run_cli
 from .model import load_model
+from .probe import list_errors, probe_videos
 from .records import VideoRecord, load_records
 from .video import frames_to_pixels, iter_frames, prefetch, video_length
 from .world import Scene, make_scene, make_world, render_frame, replay
@@ -66,8 +68,8 @@ class Video:
 
     @property
     def uid(self) -> str:
-        "The video's name; what is drawn for a record has the record's."
-        return self.record.uid if isinstance(self.source, Scene) else self.record.video_uid
+        "The name of what is filmed, by which camera; what is drawn for a record has the record's."
+        return self.record.uid if isinstance(self.source, Scene) else self.record.view_uid
 
     def __len__(self): return self.record.num_frames()
 
@@ -158,7 +160,8 @@ class StoreFiles:
         for v in videos:                        # of a video with several records, the longest counts
             known = self.videos.setdefault(v.uid, v)
             if (known.source, known.record.fps) != (v.source, v.record.fps):
-                raise InputError(f'{v.uid}: two videos, or two frame rates of one, have this name; the store has one file for it')
+                raise InputError(f'{v.uid}: two videos, or two frame rates of one, have this name, and the store has one file for it: '
+                                 f'{known.source} and {v.source}; two cameras are told apart by the field view of their records')
             if len(v) > len(known): self.videos[v.uid] = v
 
     def path(self, uid:str) -> Path: return self.folder/file_name(uid)
@@ -176,15 +179,16 @@ class FeatureStore(StoreFiles):
     "Features of videos on disk. Only what this encoder makes of these videos is ever returned."
     def _open(self, uid:str): return open_features(self.path(uid), self.metadata(uid), len(self.videos[uid]))
 
-    def __contains__(self, uid:str):
-        "Are there features of the video that are not stale?"
+    def error(self, uid:str) -> InputError | None:
+        "What is wrong with the features of the video, if they are not there or stale."
         try: self._open(uid)
-        except InputError: return False
-        return True
+        except InputError as e: return e
 
-    def missing(self) -> list[str]:
-        "Uids of the videos whose features are not there or stale."
-        return [uid for uid in self if uid not in self]
+    def __contains__(self, uid:str): return self.error(uid) is None
+
+    def missing(self) -> dict[str, InputError]:
+        "The videos whose features are not there or stale, and what is wrong with each."
+        return {uid: error for uid in self if (error := self.error(uid))}
 
     def shape(self, uid:str) -> tuple[int, int, int]:
         "(frames, tokens per frame, hidden size)."
@@ -305,6 +309,15 @@ def load_encoder(cfg, device, dtype:torch.dtype):
     del model.model.text_model, model.lm_head, model.heads
     return model.eval().to(device, dtype)
 
+# %% ../nbs/07_features.ipynb #32baa0fb
+def foresee(videos:list[Video]) -> list[InputError]:
+    "List the video files that are missing, broken or too short for their records."
+    errors = probe_videos([(v.record, v.source) for v in videos if not isinstance(v.source, Scene)])
+    list_errors(errors)
+    if errors: print(f'the videos of {len(errors)} of {len(videos)} records cannot be written; the others are, and the same command '
+                     'completes the store when these are mended', file=sys.stderr, flush=True)
+    return errors
+
 # %% ../nbs/07_features.ipynb #36481b50
 def build_store(cfg) -> tuple[FeatureStore, StoreReport]:
     "Write the store of a configuration, together with whatever other processes do; says what this one did."
@@ -316,6 +329,7 @@ def build_store(cfg) -> tuple[FeatureStore, StoreReport]:
     videos = list(FeatureStore(options.path, '', list_videos(cfg)).videos.values())        # of each video, one record
     who = f'process {rank + 1} of {ranks} on {device}'
     print(f'{who}: {len(videos)} videos of {sum(map(len, videos))} frames', flush=True)
+    if options.probe and rank == 0: foresee(videos)
     model = load_encoder(cfg, device, getattr(torch, options.compute_dtype))
     store, report = write_store(model, videos, options.path, options.dtype, rank == 0)
     print(f'{who}: {report.written} videos written, {report.replaced} of them for stale ones, {report.frames} frames', flush=True)

@@ -103,7 +103,7 @@ def streams():
 
 
 def row_hashes(item):
-    (stream, dialogue), glimpses = item[0]
+    (stream, dialogue), glimpses, _ = item[0]
     tensors = [stream['input_ids'], stream['pixel_values'], stream['told'], dialogue['input_ids'], *(g['pixels'] for g in glimpses)]
     return [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors]
 
