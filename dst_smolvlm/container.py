@@ -6,7 +6,7 @@
 __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'usual_duration', 'is_live', 'live_packets',
            'file_packets']
 
-# %% ../nbs/00_container.ipynb #710093a6
+# %% ../nbs/00_container.ipynb #efcd4a71
 import errno, re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,7 +18,7 @@ from av.stream import Disposition
 
 from .config import InputError, atomic_write
 
-# %% ../nbs/00_container.ipynb #70ad0cc2
+# %% ../nbs/00_container.ipynb #dfd19717
 def write_video(
     path,
     frames: np.ndarray,  # uint8 [T, H, W, 3], H and W even
@@ -33,7 +33,7 @@ def write_video(
         for image in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
         container.mux(stream.encode(None))
 
-# %% ../nbs/00_container.ipynb #17e55686
+# %% ../nbs/00_container.ipynb #9b7b66bb
 _CAMERAS = {'v4l2': {}, 'avfoundation': dict(framerate='30'), 'dshow': {}}   # FFmpeg's names of the systems, with their options
 
 def source_name(source) -> str:
@@ -57,7 +57,7 @@ def open_source(source, timeout):
         raise InputError(f'{name}: {what} ({e.strerror})') from None
     except ValueError: raise InputError(f'{name}: this PyAV cannot read {system} cameras') from None
 
-# %% ../nbs/00_container.ipynb #6e6fa770
+# %% ../nbs/00_container.ipynb #125ddff6
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 def picture_stream(container):
@@ -70,7 +70,7 @@ def picture_stream(container):
                 s.disposition & Disposition.default, -s.index)
     return max(streams, key=rank, default=None)
 
-# %% ../nbs/00_container.ipynb #e2ce74fa
+# %% ../nbs/00_container.ipynb #adae761e
 _OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the pictures are,
 _ALL = 'matroska,webm', 'flv', 'asf', 'mxf', 'nut'                       # and those that say how long all of the file is
 _ANEW = 0x200                                                            # AVFMT_TS_DISCONT: a format whose clock may start anew
@@ -82,28 +82,28 @@ def usual_duration(stream) -> int:
 
 def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
     "The stream's packets, of all packets of a file; an `InputError` at their end if that is not the end of the file."
-    end, places = {}, {}                                                 # of each stream: seconds, and first and last byte
+    times, places = {}, {}                                               # of each stream: first and last second, first and last byte
+    def stretch(of, key, first, last): of[key] = min(first, of.get(key, (first, last))[0]), max(last, of.get(key, (first, last))[1])
     for packet in packets:
-        index, place = packet.stream.index, packet.pos or 0      # the packet itself does not know it at the end
+        index = packet.stream.index                                      # the packet's own `stream_index` is wrong at the end
         if packet.pts is not None and not packet.is_corrupt:
-            end[index] = max(end.get(index, 0), float((packet.pts + (packet.duration or 0))*packet.time_base))
-        if packet.size and packet.stream.type in ('video', 'audio'):
-            places[index] = min(place, places.get(index, (place,))[0]), max(place + packet.size, places.get(index, (0, 0))[1])
+            stretch(times, index, *(float(stamp*packet.time_base) for stamp in (packet.pts, packet.pts + (packet.duration or 0))))
+        if packet.size and packet.stream.type in ('video', 'audio'): stretch(places, index, packet.pos or 0, (packet.pos or 0) + packet.size)
         if index == stream.index: yield packet
-    kind, (first, last) = container.format.name, places.get(stream.index, (0, 0))
+    kind, (begin, end), (first, last) = container.format.name, *(of.get(stream.index, (0, 0)) for of in (times, places))
     known = stream.duration and stream.duration*stream.time_base if kind in _OWN else container.duration and container.duration/av.time_base
-    reached = end.get(stream.index, 0) if kind in _OWN else max(end.values(), default=0)
+    reached = end if kind in _OWN else max((b for _, b in times.values()), default=0)
     if kind in _OWN + _ALL and known and reached < known - .5 - usual_duration(stream)*stream.time_base:
         raise InputError(f'{name}: cut off after {reached:.1f} s of {float(known):.1f} s')
     joined = 'two recordings were joined; convert the second by itself'
     if kind == 'flv' and 20*(container.size - max(b for _, b in places.values())) > container.size:
-        raise InputError(f'{name}: cannot be read beyond {reached:.1f} s, though the file goes on; {joined}')
+        raise InputError(f'{name}: cannot be read beyond {end - begin:.1f} s, though the file goes on; {joined}')
     for other in container.streams.video if container.format.flags & _ANEW else ():
         a, b = places.get(other.index, (first, last))
         if a > last or b < first:
-            raise InputError(f'{name}: after {end[stream.index]:.1f} s the pictures are in another stream; {joined}')
+            raise InputError(f'{name}: the pictures after {end - begin:.1f} s are in another stream; {joined}')
 
-# %% ../nbs/00_container.ipynb #346ca2d1
+# %% ../nbs/00_container.ipynb #c4b3b24b
 def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
     "These packets, and an `InputError` where data are missing; with `skip` that is only so where the file is cut off."
     end, torn = 0., []
@@ -116,7 +116,7 @@ def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
         if packet.pts is not None and not torn: end = max(end, float((packet.pts + (packet.duration or 0))*base))
     if torn: raise InputError(f'{name}: cut off after {end:.1f} s')
 
-# %% ../nbs/00_container.ipynb #e29d1f6a
+# %% ../nbs/00_container.ipynb #43e5300b
 def is_live(container, name) -> bool:
     "A camera, or an address whose end nobody knows."
     return container.duration is None and ('://' in name or any(system in container.format.name for system in _CAMERAS))
@@ -137,7 +137,7 @@ def live_packets(container, stream, timeout) -> Iterator[av.Packet]:
             if e.errno != errno.EIO: raise     # FFmpeg's word for an HTTP sender that named no length and has closed
             return
 
-# %% ../nbs/00_container.ipynb #305011a3
+# %% ../nbs/00_container.ipynb #0c7b6450
 _BACK, _AHEAD, _LONGEST = .1, 10, 86400                                  # seconds
 
 def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
@@ -148,7 +148,7 @@ def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
     for packet in packets:
         pts, dts = packet.pts, packet.dts
         if packet.size and pts is not None:
-            back = latest is not None and (packet.is_keyframe and pts < latest or None not in (dts, last) and (last - dts)*base > _BACK)
+            back = latest is not None and (packet.is_keyframe and pts < latest or anew and None not in (dts, last) and (last - dts)*base > _BACK)
             gap = 0 if end is None else float((pts + moved - end)*base)
             if back and container.format.name == _OWN[0] or not anew and gap > _LONGEST:
                 raise InputError(f'{name}: after {float((end - begun)*base):.1f} s its clock jumps by {gap:.1f} s; convert it, or cut it there')
@@ -161,7 +161,7 @@ def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
             if dts is not None: packet.dts = dts + moved
         yield packet
 
-# %% ../nbs/00_container.ipynb #4e3c6157
+# %% ../nbs/00_container.ipynb #7b7c844c
 def file_packets(
     packets,               # all packets of the container, from some key frame on
     container, stream, name: str,

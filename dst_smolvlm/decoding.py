@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Untrusted', 'Picture', 'scan']
 
-# %% ../nbs/00_decoding.ipynb #9545f074
+# %% ../nbs/00_decoding.ipynb #c7859752
 import math
 from collections import deque
 from collections.abc import Iterator
 from heapq import heappop, heappush
-from itertools import chain
+from itertools import chain, pairwise
 from time import monotonic
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Untrusted(Exception): "A short cut that may not lead where decoding from t
 def _keyframe(container, stream, at) -> tuple[int, Iterator[av.Packet]]:
     "Of a container just opened: the first picture's time-stamp, and all packets from the last key frame within `at` seconds after it."
     first = next((picture.pts for packet in container.demux(stream) for picture in packet.decode()), None)
-    if first is None: raise Untrusted
+    if first is None or any(b.timestamp < a.timestamp for a, b in pairwise(() if stream.frames else stream.index_entries)): raise Untrusted
     target = first + math.floor(min(at, container.duration/av.time_base)/stream.time_base)
     while target >= first:
         container.seek(target, stream=stream)
@@ -38,7 +38,7 @@ def _keyframe(container, stream, at) -> tuple[int, Iterator[av.Packet]]:
         target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
     raise Untrusted
 
-# %% ../nbs/00_decoding.ipynb #296b1bee
+# %% ../nbs/00_decoding.ipynb #01f94274
 class Picture(NamedTuple):
     "A decoded picture, and how many times wider than high its pixels are shown."
     image: av.VideoFrame
@@ -86,7 +86,7 @@ class _Shown:
             yield self.seconds(stamp), self.seconds(stamp + duration), shown
             self.last = stamp
 
-# %% ../nbs/00_decoding.ipynb #8b611c07
+# %% ../nbs/00_decoding.ipynb #4c90e42a
 def _decoded(packets, first, stream, name, live, skip) -> Iterator[tuple[float, float, Picture | None]]:
     "The pictures in `packets`, each with its time and its end; the packets begin with a key frame if `first` is known."
     shown, seek, begun = _Shown(stream, skip), first is not None, False
