@@ -6,7 +6,7 @@
 __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'usual_duration', 'is_live', 'live_packets',
            'file_packets']
 
-# %% ../nbs/00_container.ipynb #efcd4a71
+# %% ../nbs/00_container.ipynb #101ae884
 import errno, re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,7 +18,7 @@ from av.stream import Disposition
 
 from .config import InputError, atomic_write
 
-# %% ../nbs/00_container.ipynb #dfd19717
+# %% ../nbs/00_container.ipynb #e6ab0371
 def write_video(
     path,
     frames: np.ndarray,  # uint8 [T, H, W, 3], H and W even
@@ -33,7 +33,7 @@ def write_video(
         for image in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
         container.mux(stream.encode(None))
 
-# %% ../nbs/00_container.ipynb #9b7b66bb
+# %% ../nbs/00_container.ipynb #c855b745
 _CAMERAS = {'v4l2': {}, 'avfoundation': dict(framerate='30'), 'dshow': {}}   # FFmpeg's names of the systems, with their options
 
 def source_name(source) -> str:
@@ -57,22 +57,23 @@ def open_source(source, timeout):
         raise InputError(f'{name}: {what} ({e.strerror})') from None
     except ValueError: raise InputError(f'{name}: this PyAV cannot read {system} cameras') from None
 
-# %% ../nbs/00_container.ipynb #125ddff6
+# %% ../nbs/00_container.ipynb #26f3d37c
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 def picture_stream(container):
     "The stream of pictures that people watch, or None."
     streams = [s for s in container.streams.video if s.codec_context and not s.disposition & _STILLS]
     def more_than_half(own, most): return not own or 2*own > most             # not every format says how many there are
-    longest, most = (max(values, default=0) for values in ([s.duration*s.time_base for s in streams if s.duration], [s.frames for s in streams]))
+    def seconds(s): return (s.duration or 0)*s.time_base
+    longest, most = (max(map(own, streams), default=0) for own in (seconds, lambda s: s.frames))
     def rank(s):
-        return (more_than_half(s.duration and s.duration*s.time_base, longest), more_than_half(s.frames, most), s.width*s.height,
-                s.disposition & Disposition.default, -s.index)
+        long, many = more_than_half(seconds(s), longest), more_than_half(s.frames, most)
+        return long, many, s.width*s.height, s.disposition & Disposition.default, -s.index
     return max(streams, key=rank, default=None)
 
-# %% ../nbs/00_container.ipynb #adae761e
+# %% ../nbs/00_container.ipynb #846447bd
 _OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the pictures are,
-_ALL = 'matroska,webm', 'flv', 'asf', 'mxf', 'nut'                       # and those that say how long all of the file is
+_ALL = 'matroska,webm', 'flv', 'asf', 'mxf'                              # and those that say how long all of the file is
 _ANEW = 0x200                                                            # AVFMT_TS_DISCONT: a format whose clock may start anew
 
 def usual_duration(stream) -> int:
@@ -82,18 +83,20 @@ def usual_duration(stream) -> int:
 
 def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
     "The stream's packets, of all packets of a file; an `InputError` at their end if that is not the end of the file."
-    times, places = {}, {}                                               # of each stream: first and last second, first and last byte
+    usual, times, places = usual_duration(stream), {}, {}                # of each stream: first and last second, first and last byte
     def stretch(of, key, first, last): of[key] = min(first, of.get(key, (first, last))[0]), max(last, of.get(key, (first, last))[1])
     for packet in packets:
         index = packet.stream.index                                      # the packet's own `stream_index` is wrong at the end
         if packet.pts is not None and not packet.is_corrupt:
             stretch(times, index, *(float(stamp*packet.time_base) for stamp in (packet.pts, packet.pts + (packet.duration or 0))))
-        if packet.size and packet.stream.type in ('video', 'audio'): stretch(places, index, packet.pos or 0, (packet.pos or 0) + packet.size)
+        if packet.size and packet.pos: stretch(places, index, packet.pos, packet.pos + packet.size)
         if index == stream.index: yield packet
     kind, (begin, end), (first, last) = container.format.name, *(of.get(stream.index, (0, 0)) for of in (times, places))
-    known = stream.duration and stream.duration*stream.time_base if kind in _OWN else container.duration and container.duration/av.time_base
-    reached = end if kind in _OWN else max((b for _, b in times.values()), default=0)
-    if kind in _OWN + _ALL and known and reached < known - .5 - usual_duration(stream)*stream.time_base:
+    own = kind in _OWN
+    known = (stream.duration or 0)*stream.time_base if own else (container.duration or 0)/av.time_base
+    if kind == 'avi': known = max(known, stream.frames*usual*stream.time_base)       # FFmpeg's length shrinks with the file, the number does not
+    reached = end if own else max((b for _, b in times.values()), default=0)
+    if kind in _OWN + _ALL and reached < known - .5 - usual*stream.time_base:
         raise InputError(f'{name}: cut off after {reached:.1f} s of {float(known):.1f} s')
     joined = 'two recordings were joined; convert the second by itself'
     if kind == 'flv' and 20*(container.size - max(b for _, b in places.values())) > container.size:
@@ -101,9 +104,10 @@ def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
     for other in container.streams.video if container.format.flags & _ANEW else ():
         a, b = places.get(other.index, (first, last))
         if a > last or b < first:
-            raise InputError(f'{name}: the pictures after {end - begin:.1f} s are in another stream; {joined}')
+            begin, end = times[stream.index if a > last else other.index]
+            raise InputError(f'{name}: after {end - begin:.1f} s the pictures go on in another stream; {joined}')
 
-# %% ../nbs/00_container.ipynb #c4b3b24b
+# %% ../nbs/00_container.ipynb #0100ca56
 def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
     "These packets, and an `InputError` where data are missing; with `skip` that is only so where the file is cut off."
     end, torn = 0., []
@@ -116,7 +120,7 @@ def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
         if packet.pts is not None and not torn: end = max(end, float((packet.pts + (packet.duration or 0))*base))
     if torn: raise InputError(f'{name}: cut off after {end:.1f} s')
 
-# %% ../nbs/00_container.ipynb #43e5300b
+# %% ../nbs/00_container.ipynb #31583755
 def is_live(container, name) -> bool:
     "A camera, or an address whose end nobody knows."
     return container.duration is None and ('://' in name or any(system in container.format.name for system in _CAMERAS))
@@ -137,31 +141,32 @@ def live_packets(container, stream, timeout) -> Iterator[av.Packet]:
             if e.errno != errno.EIO: raise     # FFmpeg's word for an HTTP sender that named no length and has closed
             return
 
-# %% ../nbs/00_container.ipynb #0c7b6450
+# %% ../nbs/00_container.ipynb #e36f629e
 _BACK, _AHEAD, _LONGEST = .1, 10, 86400                                  # seconds
 
 def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
     "The packets, their time-stamps moved so that one clock goes through all of them."
     base, usual, anew = stream.time_base, usual_duration(stream), container.format.flags & _ANEW
-    last = latest = end = None                       # by the file's clock: the decoding time before, the latest picture; by ours: its end
-    moved = 0
+    first = latest = decoded = None                    # by the file's clock: the first and latest picture, the last time of decoding
+    end, moved = None, 0                               # by ours: until when the latest picture is shown; how much later it is
     for packet in packets:
         pts, dts = packet.pts, packet.dts
         if packet.size and pts is not None:
-            back = latest is not None and (packet.is_keyframe and pts < latest or anew and None not in (dts, last) and (last - dts)*base > _BACK)
-            gap = 0 if end is None else float((pts + moved - end)*base)
-            if back and container.format.name == _OWN[0] or not anew and gap > _LONGEST:
-                raise InputError(f'{name}: after {float((end - begun)*base):.1f} s its clock jumps by {gap:.1f} s; convert it, or cut it there')
-            if back or anew and gap > _AHEAD: moved, latest = end - (pts if packet.is_keyframe else min(pts, dts or pts)), pts
-            if end is None: begun = pts
-            latest, last = max(pts, pts if latest is None else latest), dts
-            end = max(pts + moved + (packet.duration or usual), pts if end is None else end)
+            if end is None: first = latest = end = pts
+            gap, step = pts + moved - end, dts - decoded if None not in (dts, decoded) else pts - latest
+            back = packet.is_keyframe and pts < latest or anew and step*base < -_BACK
+            if back and container.format.name == _OWN[0] or not anew and gap*base > _LONGEST:
+                at, jump = float((end - first)*base), float(gap*base)
+                raise InputError(f'{name}: after {at:.1f} s its clock jumps by {jump:.1f} s; convert the video, or cut it there')
+            if back or anew and step*base > max(_AHEAD, 3*usual*base):
+                moved, latest = end - (pts if packet.is_keyframe else min(pts, dts or pts)), pts
+            latest, decoded, end = max(pts, latest), dts, max(pts + moved + (packet.duration or usual), end)
         if moved:
             if pts is not None: packet.pts = pts + moved
             if dts is not None: packet.dts = dts + moved
         yield packet
 
-# %% ../nbs/00_container.ipynb #7b7c844c
+# %% ../nbs/00_container.ipynb #316330be
 def file_packets(
     packets,               # all packets of the container, from some key frame on
     container, stream, name: str,

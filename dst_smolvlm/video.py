@@ -23,7 +23,7 @@ from .decoding import Untrusted, scan
 from .picture import as_shown
 from .state import frame_of
 
-# %% ../nbs/00_video.ipynb #39ad6850
+# %% ../nbs/00_video.ipynb #ca3b434f
 _all_ = ['write_video']
 
 # %% ../nbs/00_video.ipynb #8b7b9e0d
@@ -102,8 +102,8 @@ def iter_frames(
                 yield frame()
                 index += 1
                 if index == stop: return
-            shown = picture
-        while index/fps < _shown_until(time, end) and index != stop:
+            shown, until = picture, _shown_until(time, end)
+        while index/fps < until and index != stop:
             yield frame()
             index += 1
 
