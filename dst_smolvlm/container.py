@@ -6,7 +6,7 @@
 __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'usual_duration', 'is_live', 'live_packets',
            'file_packets']
 
-# %% ../nbs/00_container.ipynb #101ae884
+# %% ../nbs/00_container.ipynb #de5632c3
 import errno, re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,7 +18,7 @@ from av.stream import Disposition
 
 from .config import InputError, atomic_write
 
-# %% ../nbs/00_container.ipynb #e6ab0371
+# %% ../nbs/00_container.ipynb #e826d7b7
 def write_video(
     path,
     frames: np.ndarray,  # uint8 [T, H, W, 3], H and W even
@@ -33,7 +33,7 @@ def write_video(
         for image in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
         container.mux(stream.encode(None))
 
-# %% ../nbs/00_container.ipynb #c855b745
+# %% ../nbs/00_container.ipynb #9ae2b4c1
 _CAMERAS = {'v4l2': {}, 'avfoundation': dict(framerate='30'), 'dshow': {}}   # FFmpeg's names of the systems, with their options
 
 def source_name(source) -> str:
@@ -57,7 +57,7 @@ def open_source(source, timeout):
         raise InputError(f'{name}: {what} ({e.strerror})') from None
     except ValueError: raise InputError(f'{name}: this PyAV cannot read {system} cameras') from None
 
-# %% ../nbs/00_container.ipynb #26f3d37c
+# %% ../nbs/00_container.ipynb #93d72014
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 def picture_stream(container):
@@ -71,7 +71,7 @@ def picture_stream(container):
         return long, many, s.width*s.height, s.disposition & Disposition.default, -s.index
     return max(streams, key=rank, default=None)
 
-# %% ../nbs/00_container.ipynb #846447bd
+# %% ../nbs/00_container.ipynb #e2832d01
 _OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the pictures are,
 _ALL = 'matroska,webm', 'flv', 'asf', 'mxf'                              # and those that say how long all of the file is
 _ANEW = 0x200                                                            # AVFMT_TS_DISCONT: a format whose clock may start anew
@@ -94,7 +94,7 @@ def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
     kind, (begin, end), (first, last) = container.format.name, *(of.get(stream.index, (0, 0)) for of in (times, places))
     own = kind in _OWN
     known = (stream.duration or 0)*stream.time_base if own else (container.duration or 0)/av.time_base
-    if kind == 'avi': known = max(known, stream.frames*usual*stream.time_base)       # FFmpeg's length shrinks with the file, the number does not
+    if kind == 'avi': known = max(known, stream.frames*usual*stream.time_base)       # the length shrinks with the file, the number does not
     reached = end if own else max((b for _, b in times.values()), default=0)
     if kind in _OWN + _ALL and reached < known - .5 - usual*stream.time_base:
         raise InputError(f'{name}: cut off after {reached:.1f} s of {float(known):.1f} s')
@@ -107,7 +107,7 @@ def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
             begin, end = times[stream.index if a > last else other.index]
             raise InputError(f'{name}: after {end - begin:.1f} s the pictures go on in another stream; {joined}')
 
-# %% ../nbs/00_container.ipynb #0100ca56
+# %% ../nbs/00_container.ipynb #7e5dedda
 def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
     "These packets, and an `InputError` where data are missing; with `skip` that is only so where the file is cut off."
     end, torn = 0., []
@@ -120,7 +120,7 @@ def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
         if packet.pts is not None and not torn: end = max(end, float((packet.pts + (packet.duration or 0))*base))
     if torn: raise InputError(f'{name}: cut off after {end:.1f} s')
 
-# %% ../nbs/00_container.ipynb #31583755
+# %% ../nbs/00_container.ipynb #521e91af
 def is_live(container, name) -> bool:
     "A camera, or an address whose end nobody knows."
     return container.duration is None and ('://' in name or any(system in container.format.name for system in _CAMERAS))
@@ -141,7 +141,7 @@ def live_packets(container, stream, timeout) -> Iterator[av.Packet]:
             if e.errno != errno.EIO: raise     # FFmpeg's word for an HTTP sender that named no length and has closed
             return
 
-# %% ../nbs/00_container.ipynb #e36f629e
+# %% ../nbs/00_container.ipynb #f1df782f
 _BACK, _AHEAD, _LONGEST = .1, 10, 86400                                  # seconds
 
 def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
@@ -166,7 +166,7 @@ def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
             if dts is not None: packet.dts = dts + moved
         yield packet
 
-# %% ../nbs/00_container.ipynb #316330be
+# %% ../nbs/00_container.ipynb #eaa184e6
 def file_packets(
     packets,               # all packets of the container, from some key frame on
     container, stream, name: str,
