@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Untrusted', 'Picture', 'scan']
 
-# %% ../nbs/00_decoding.ipynb #39b50385
+# %% ../nbs/00_decoding.ipynb #6c017c1f
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import av
 
 from .config import InputError
-from .container import file_packets, is_live, live_packets, open_source, picture_stream, source_name, usual_duration
+from .container import file_packets, in_seconds, is_live, live_packets, open_source, picture_stream, source_name, usual_duration
 
 # %% ../nbs/00_decoding.ipynb #6637c321
 _INDEXED = 'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm'
@@ -38,7 +38,7 @@ def _keyframe(container, stream, at) -> tuple[int, Iterator[av.Packet]]:
         target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
     raise Untrusted
 
-# %% ../nbs/00_decoding.ipynb #f841e8c3
+# %% ../nbs/00_decoding.ipynb #16bad3af
 class Picture(NamedTuple):
     "A decoded picture, and how many times wider than high its pixels are shown."
     image: av.VideoFrame
@@ -66,7 +66,7 @@ class _Shown:
         self.first = self.key = self.last = None                         # time-stamps of the file's, our and the latest given picture
         self.damaged = False
 
-    def seconds(self, stamp) -> float: return float((stamp - self.first)*self.base)
+    def seconds(self, stamp) -> float: return in_seconds(stamp - self.first, self.base)
 
     def lost(self, end) -> list:
         "What was due before the time-stamp `end` and did not come: damaged, if anything was."
@@ -87,7 +87,7 @@ class _Shown:
             yield self.seconds(stamp), self.seconds(stamp + duration), shown
             self.last = stamp
 
-# %% ../nbs/00_decoding.ipynb #f70c9d57
+# %% ../nbs/00_decoding.ipynb #b844f489
 def _decoded(packets, first, stream, name, live, skip) -> Iterator[tuple[float, float, Picture | None]]:
     "The pictures in `packets`, each with its time and its end; the packets begin with a key frame if `first` is known."
     shown, seek, begun = _Shown(stream, skip), first is not None, False
@@ -124,7 +124,7 @@ def _stamped(packets, first, stream) -> Iterator[tuple[float, float, None]]:
         if packet.size and packet.pts is None: raise Untrusted
         if packet.size and not packet.is_discard and packet.pts >= last: last, end = packet.pts, packet.pts + (packet.duration or usual)
         if first is None: first = next((picture.pts for picture in packet.decode()), None)
-        if first is not None: yield float((last - first)*base), float((end - first)*base), None
+        if first is not None: yield in_seconds(last - first, base), in_seconds(end - first, base), None
 
 # %% ../nbs/00_decoding.ipynb #327aa9f0
 def scan(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['display_matrix', 'lay', 'shown_width', 'as_shown']
 
-# %% ../nbs/00_picture.ipynb #5e0f6dcc
+# %% ../nbs/00_picture.ipynb #22443d46
 from pathlib import Path
 
 import av, numpy as np
@@ -15,7 +15,7 @@ from .config import InputError
 from .container import source_name
 from .decoding import Picture
 
-# %% ../nbs/00_picture.ipynb #b78f521c
+# %% ../nbs/00_picture.ipynb #80d0e0cf
 def display_matrix(picture: av.VideoFrame) -> tuple[int, int, int, int]:
     "(a, b, c, d) of the picture's display matrix, in units of 1/65536; upright where it has none, or one that shows nothing."
     data = picture.side_data.get('DISPLAYMATRIX')
@@ -32,7 +32,7 @@ def lay(
     if swapped: image, (a, d) = image.swapaxes(0, 1), (c, b)
     return image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
-# %% ../nbs/00_picture.ipynb #db6e32a0
+# %% ../nbs/00_picture.ipynb #45851df4
 def shown_width(
     width: int,
     aspect: float,  # how many times wider than high a pixel is shown

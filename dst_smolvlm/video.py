@@ -23,7 +23,7 @@ from .decoding import Untrusted, scan
 from .picture import as_shown
 from .state import frame_of
 
-# %% ../nbs/00_video.ipynb #ca3b434f
+# %% ../nbs/00_video.ipynb #250762a0
 _all_ = ['write_video']
 
 # %% ../nbs/00_video.ipynb #8b7b9e0d
