@@ -6,7 +6,7 @@
 __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'in_seconds', 'usual_duration', 'is_live',
            'live_packets', 'file_packets']
 
-# %% ../nbs/00_container.ipynb #55618b59
+# %% ../nbs/00_container.ipynb #a77eecb0
 import errno, re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,7 +18,7 @@ from av.stream import Disposition
 
 from .config import InputError, atomic_write
 
-# %% ../nbs/00_container.ipynb #69c1f04d
+# %% ../nbs/00_container.ipynb #3f12def6
 def write_video(
     path,
     frames: np.ndarray,  # uint8 [T, H, W, 3], H and W even
@@ -33,7 +33,7 @@ def write_video(
         for image in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
         container.mux(stream.encode(None))
 
-# %% ../nbs/00_container.ipynb #81399a70
+# %% ../nbs/00_container.ipynb #f5950af3
 _CAMERAS = {'v4l2': {}, 'avfoundation': dict(framerate='30'), 'dshow': {}}   # FFmpeg's names of the systems, with their options
 
 def source_name(source) -> str:
@@ -57,21 +57,26 @@ def open_source(source, timeout):
         raise InputError(f'{name}: {what} ({e.strerror})') from None
     except ValueError: raise InputError(f'{name}: this PyAV cannot read {system} cameras') from None
 
-# %% ../nbs/00_container.ipynb #539094fa
+# %% ../nbs/00_container.ipynb #530a1a6d
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 def picture_stream(container):
     "The stream of pictures that people watch, or None."
     streams = [s for s in container.streams.video if s.codec_context and not s.disposition & _STILLS]
+    best = container.streams.best('video')                                    # FFmpeg has looked at the first pictures
     def more_than_half(own, most): return not own or 2*own > most             # not every format says how many there are
-    def seconds(s): return (s.duration or 0)*s.time_base
+    def seconds(s):                                                           # Matroska says it in a tag, and FFmpeg takes the file's
+        said = next((value for key, value in s.metadata.items() if key.startswith('DURATION')), '')
+        if re.fullmatch(r'\d+:\d+:\d+(\.\d+)?', said): return sum(float(part)*unit for part, unit in zip(said.split(':'), (3600, 60, 1)))
+        return float((s.duration or 0)*s.time_base)
     longest, most = (max(map(own, streams), default=0) for own in (seconds, lambda s: s.frames))
     def rank(s):
         long, many = more_than_half(seconds(s), longest), more_than_half(s.frames, most)
-        return long, many, s.width*s.height, s.disposition & Disposition.default, -s.index
+        still = s.codec_context.name in ('mjpeg', 'png', 'bmp', 'webp', 'gif') and s != best
+        return long, many, not still, s.width*s.height, s.disposition & Disposition.default, -s.index
     return max(streams, key=rank, default=None)
 
-# %% ../nbs/00_container.ipynb #70a049ae
+# %% ../nbs/00_container.ipynb #7bae200a
 _OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the pictures are,
 _ALL = 'matroska,webm', 'flv', 'asf', 'mxf'                              # and those that say how long all of the file is
 _ANEW = 0x200                                                            # AVFMT_TS_DISCONT: a format whose clock may start anew
@@ -113,7 +118,7 @@ def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
             begin, end = times[stream.index if a > last else other.index]
             raise InputError(f'{name}: after {end - begin:.1f} s the pictures go on in another stream; {joined}')
 
-# %% ../nbs/00_container.ipynb #6f534525
+# %% ../nbs/00_container.ipynb #86134fb4
 def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
     "These packets, and an `InputError` where data are missing; with `skip` that is only so where the file is cut off."
     end, torn = 0, []
@@ -127,7 +132,7 @@ def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
         if packet.pts is not None and not torn: end = max(end, packet.pts + (packet.duration or 0))
     if torn: raise InputError(f'{name}: cut off after {in_seconds(end, base):.1f} s')
 
-# %% ../nbs/00_container.ipynb #2cbdea93
+# %% ../nbs/00_container.ipynb #981b5225
 def is_live(container, name) -> bool:
     "A camera, or an address whose end nobody knows."
     return container.duration is None and ('://' in name or any(system in container.format.name for system in _CAMERAS))
@@ -148,7 +153,7 @@ def live_packets(container, stream, timeout) -> Iterator[av.Packet]:
             if e.errno != errno.EIO: raise     # FFmpeg's word for an HTTP sender that named no length and has closed
             return
 
-# %% ../nbs/00_container.ipynb #2d8de05d
+# %% ../nbs/00_container.ipynb #81968b5a
 _BACK, _AHEAD, _LONGEST = .1, 10, 86400                                  # seconds
 
 def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
@@ -174,7 +179,7 @@ def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
             if dts is not None: packet.dts = dts + moved
         yield packet
 
-# %% ../nbs/00_container.ipynb #687ce4f5
+# %% ../nbs/00_container.ipynb #8604aacc
 def file_packets(
     packets,               # all packets of the container, from some key frame on
     container, stream, name: str,

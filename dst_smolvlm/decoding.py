@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Untrusted', 'Picture', 'scan']
 
-# %% ../nbs/00_decoding.ipynb #6c017c1f
+# %% ../nbs/00_decoding.ipynb #5d00394b
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def _keyframe(container, stream, at) -> tuple[int, Iterator[av.Packet]]:
         target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
     raise Untrusted
 
-# %% ../nbs/00_decoding.ipynb #16bad3af
+# %% ../nbs/00_decoding.ipynb #bbb9e102
 class Picture(NamedTuple):
     "A decoded picture, and how many times wider than high its pixels are shown."
     image: av.VideoFrame
@@ -87,7 +87,7 @@ class _Shown:
             yield self.seconds(stamp), self.seconds(stamp + duration), shown
             self.last = stamp
 
-# %% ../nbs/00_decoding.ipynb #b844f489
+# %% ../nbs/00_decoding.ipynb #6d642ef6
 def _decoded(packets, first, stream, name, live, skip) -> Iterator[tuple[float, float, Picture | None]]:
     "The pictures in `packets`, each with its time and its end; the packets begin with a key frame if `first` is known."
     shown, seek, begun = _Shown(stream, skip), first is not None, False

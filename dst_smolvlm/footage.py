@@ -29,10 +29,10 @@ def playing_time(path) -> float:
     if seconds is None: raise RecordError(path, 'no such video file', kind='no video')
     return seconds
 
-# %% ../nbs/01_footage.ipynb #9e3ec501
+# %% ../nbs/01_footage.ipynb #0e1b356b
 _FORMATS = ('3g2 3gp asf avi dv dvd flv gxf h264 hevc ismv ivf m4v matroska mjpeg mov mp4 mpeg mpeg1video mpeg2video mpegts mxf nut '
             'ogv psp rm svcd swf vob vc1 webm wtv yuv4mpegpipe').split()
-_SOUND = set('.avif .heic .heif .m4a .m4b .mka .mks .ra .wma'.split())         # sound, subtitles or stills, in a video's format
+_SOUND = set('.avif .heic .heif .m4a .m4b .mka .mks .mpo .ra .wma'.split())    # sound, subtitles or stills, in a video's format
 _OTHER = set('.csv .gz .h5 .html .ipynb .json .jsonl .log .md .npy .npz .parquet .pdf .pickle .pkl .pt .py .safetensors .tar .tgz .toml '
              '.tsv .xz .yaml .yml .zip'.split())
 _PARTIAL = {'.aria2', '.crdownload', '.download', '.filepart', '.opdownload', '.part', '.partial', '.temp', '.tmp', '.ytdl'}
@@ -48,7 +48,7 @@ def _endings() -> tuple[frozenset[str], frozenset[str]]:
     videos = frozenset(endings(_FORMATS)) - _SOUND
     return videos, frozenset(endings(av.formats_available)) - videos | _OTHER
 
-# %% ../nbs/01_footage.ipynb #96397d7a
+# %% ../nbs/01_footage.ipynb #08df6c59
 def _skipped(path: Path) -> str:
     "Why a file or folder that may be or hold a video is left out; empty if it is not."
     if path.name == '__MACOSX' or path.name.startswith('._'): return 'left behind by a Mac, no video; skipped'
@@ -77,7 +77,7 @@ def find_videos(folder) -> tuple[list[Path], list[Path], list[RecordError]]:
             else: found.append(path)
     return found, unknown, problems
 
-# %% ../nbs/01_footage.ipynb #d13850c4
+# %% ../nbs/01_footage.ipynb #e653a97e
 def _plain(name) -> str: return unicodedata.normalize('NFC', str(name))       # Macs write é as two characters
 
 class _Names:
@@ -107,7 +107,7 @@ class _Names:
         if len(self.stems[0][_plain(path.stem)]) == 1: return _plain(path.stem)
         return next((name for name in reversed(self._above(path)) if len(self.folders[name]) == 1 and name not in self.stems[0]), '')
 
-# %% ../nbs/01_footage.ipynb #02c13e85
+# %% ../nbs/01_footage.ipynb #f1b31733
 class VideoLengths(Mapping):
     "Seconds of the videos in a folder, by the names that records give them; a file is opened when it is asked for, and once."
     def __init__(self, folder):

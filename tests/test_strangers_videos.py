@@ -146,9 +146,9 @@ def test_pictures_that_last_for_seconds(tmp_path, name):
 
 def test_the_film_among_streams(tmp_path):
     "A preview is none, first or last, marked as default or not; nor is a cover."
-    for first, short in itertools.product((True, False), (True, False)):
-        parts = [([numbered(99, (32, 64))]*2, 1), ([numbered(i) for i in range(40)], 10)]
-        with av.open(str(tmp_path/'two.mkv'), 'w') as container:
+    for first, short, size, name in itertools.product((True, False), (True, False), ((32, 64), (48, 96)), ('two.mkv', 'two.mp4')):
+        parts = [([numbered(99, size)]*2, 1), ([numbered(i) for i in range(40)], 10)]
+        with av.open(str(tmp_path/name), 'w') as container:
             outs = []
             for images, rate in parts if first else parts[::-1]:
                 stream = container.add_stream('libx264', rate=rate)
@@ -158,15 +158,16 @@ def test_the_film_among_streams(tmp_path):
             for stream, images in outs:
                 for image in images: container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24')))
                 container.mux(stream.encode(None))
-        check(tmp_path/'two.mkv', range(40))
-    with av.open(str(tmp_path/'cover.mp4'), 'w') as container:
-        cover, stream = container.add_stream('mjpeg', rate=1), container.add_stream('libx264', rate=10)
-        cover.height, cover.width, cover.pix_fmt, cover.disposition = 400, 400, 'yuvj420p', av.stream.Disposition.attached_pic
-        stream.height, stream.width, stream.pix_fmt = 48, 96, 'yuv420p'
-        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((400, 400, 3), np.uint8), format='rgb24')))
-        for i in range(40): container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(i), format='rgb24')))
-        container.mux(stream.encode(None))
-    check(tmp_path/'cover.mp4', range(40))
+        check(tmp_path/name, range(40))
+    for name, mark in itertools.product(('cover.mp4', 'cover.mkv'), (av.stream.Disposition.attached_pic, av.stream.Disposition(0))):
+        with av.open(str(tmp_path/name), 'w') as container:
+            cover, stream = container.add_stream('mjpeg', rate=1), container.add_stream('libx264', rate=10)
+            cover.height, cover.width, cover.pix_fmt, cover.disposition = 400, 400, 'yuvj420p', mark
+            stream.height, stream.width, stream.pix_fmt = 48, 96, 'yuv420p'
+            container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((400, 400, 3), np.uint8), format='rgb24')))
+            for i in range(40): container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(i), format='rgb24')))
+            container.mux(stream.encode(None))
+        check(tmp_path/name, range(40))
 
 
 # Clocks
@@ -272,6 +273,19 @@ def test_b_frames_in_avi():
     dict(codec='mpeg4', bf=4), dict(codec='mpeg2video', bf=2, rate=25), dict(codec='msmpeg4v2', bf=None)], ids=str)
 def test_any_b_frames_in_avi(tmp_path, how):
     check(write(tmp_path/'a.avi', 60, **how), range(60), how.get('rate', 10))
+
+
+@pytest.mark.parametrize('suffix', ['mkv', 'mp4', 'mov', 'ts', 'flv'])
+def test_b_frames_out_of_avi(tmp_path, suffix):
+    "Copied from AVI with its numbers for times: still in the order of showing, in slices too."
+    with av.open(str(write(tmp_path/'a.avi', 60))) as source, av.open(str(tmp_path/f'b.{suffix}'), 'w') as target:
+        stream = target.add_stream('libx264', rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 96, 'yuv420p'
+        for packet in source.demux(video=0):
+            if packet.dts is None: continue
+            packet.pts, packet.stream = packet.dts, stream
+            target.mux(packet)
+    check(tmp_path/f'b.{suffix}', range(60))
 
 
 # As a viewer shows it
