@@ -2,7 +2,8 @@
 import av, numpy as np, pytest
 from PIL import Image
 
-import dst_smolvlm.video as video
+import dst_smolvlm.container as containers
+import dst_smolvlm.decoding as decoding
 from dst_smolvlm.config import InputError, run_cli
 from dst_smolvlm.video import iter_frames, prefetch, read_frames, video_length, write_video
 
@@ -194,15 +195,15 @@ def test_damage_on_the_way(tmp_path, monkeypatch):
     "A live stream passes it over; with 'skip' only a frame before which nothing newer came has no image."
     whole = pictures_of(tmp_path/'a.avi', 'mjpeg', 'yuvj420p')
     overwrite(whole, tmp_path/'bad.avi', [4, 15, 22, 23, 24, 25])
-    true, opened = read_frames(whole, 2), video._open
+    true, opened = read_frames(whole, 2), decoding.open_source
     class Live:
         "A container that knows no end, as a camera's."
         def __init__(self, container): self.container, self.duration = container, None
         def __getattr__(self, name): return getattr(self.container, name)
         def __enter__(self): return self
         def __exit__(self, *_): self.container.close()
-    monkeypatch.setattr(video, '_open', lambda *args: Live(opened(*args)))
-    monkeypatch.setitem(video._CAMERAS, 'avi', {})
+    monkeypatch.setattr(decoding, 'open_source', lambda *args: Live(opened(*args)))
+    monkeypatch.setitem(containers._CAMERAS, 'avi', {})
     got, shown = list(iter_frames(tmp_path/'bad.avi', damaged='skip')), list(iter_frames(tmp_path/'bad.avi'))
     assert [f.index for f in got] == [f.index for f in shown] == list(range(len(true)))
     assert [f.index for f in got if f.image is None] == [3, 5] and all((f.image == true[f.index]).all() for f in got if f.image is not None)

@@ -5,9 +5,10 @@ from pathlib import Path
 import av, numpy as np, pytest
 from processes import start
 
+import dst_smolvlm.container as containers
+import dst_smolvlm.decoding as decoding
 import dst_smolvlm.screen as screens
 import dst_smolvlm.show as show
-import dst_smolvlm.video as video
 from dst_smolvlm.config import InputError
 from dst_smolvlm.lanes import SPEAK, STATE_COLORS
 from dst_smolvlm.screen import LaneStrip, Screen, fit_image
@@ -479,7 +480,7 @@ def test_the_package_does_not_need_tk():
 
 @pytest.fixture
 def camera(monkeypatch):
-    monkeypatch.setitem(video._CAMERAS, 'lavfi', {})
+    monkeypatch.setitem(containers._CAMERAS, 'lavfi', {})
     return 'lavfi:testsrc=size=64x48:rate=10:duration=3'
 
 
@@ -514,8 +515,8 @@ class Hesitating:
 
 def test_a_camera_that_has_no_picture_yet(camera, monkeypatch):
     "As those of macOS do: nothing is lost by asking again, and asking ends after `timeout`."
-    plain, opened = list(iter_frames(camera, 2)), video._open
-    monkeypatch.setattr(video, '_open', lambda *args: Hesitating(opened(*args), 2))
+    plain, opened = list(iter_frames(camera, 2)), decoding.open_source
+    monkeypatch.setattr(decoding, 'open_source', lambda *args: Hesitating(opened(*args), 2))
     assert [(f.time, f.image.tobytes()) for f in iter_frames(camera, 2, stop=4)] == [(f.time, f.image.tobytes()) for f in plain[:4]]
     class Silent(Hesitating):
         def demux(self, stream):
@@ -524,7 +525,7 @@ def test_a_camera_that_has_no_picture_yet(camera, monkeypatch):
                 yield packet
                 if self.asked == 12: break
             raise av.BlockingIOError(35, 'Resource temporarily unavailable')
-    monkeypatch.setattr(video, '_open', lambda *args: Silent(opened(*args), 0))
+    monkeypatch.setattr(decoding, 'open_source', lambda *args: Silent(opened(*args), 0))
     seen = []
     with pytest.raises(InputError, match=r'nothing came for 0.2 s after 1.1 s'):
         for frame in iter_frames(camera, 2, timeout=.2): seen.append(frame.index)
