@@ -140,19 +140,20 @@ def atomic_write(path, mode:str='w'):
 # %% ../nbs/00_config.ipynb #67686ec3
 def check_outputs(
     outputs: dict,        # what the user calls a file that will be written → its path
-    inputs: dict = {},    # what the user calls a file or folder that is read → its path, or a list of them; None is none
+    inputs: dict,         # what the user calls a file or folder that is read → its path, or a list of them; None is none
     within: bool = True,  # nor may it replace a file in a folder that is read
 ):
     "Raises `InputError` where a file that will be written is also read, or is written twice."
-    read = [(name, Path(p)) for name, paths in inputs.items() for p in (paths if isinstance(paths, list | tuple) else [paths]) if p is not None]
-    written = []
+    paths_of = lambda given: given if isinstance(given, list | tuple) else [given]
+    read, written = [(name, Path(p)) for name, given in inputs.items() for p in paths_of(given) if p is not None], []
     for name, path in ((name, Path(p)) for name, p in outputs.items()):
         if path.exists() and not (path.is_file() or path.is_dir()): continue                 # a pipe or /dev/null takes what comes
         for other, its in read + written:
             if _same_file(path, its): raise InputError(f'{name} {path}: the same file as {other} {its}; name another one')
         for other, its in read:
             if within and path.is_file() and its.is_dir() and its.resolve() in path.resolve().parents:
-                raise InputError(f'{name} {path}: there already, in {other} {its}, which is read; name a file elsewhere, or remove it first')
+                raise InputError(f'{name} {path}: there already, in {other} {its}, which is read; '
+                                 'name a file elsewhere, or remove it first')
         written.append((name, path))
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -7,7 +7,7 @@ __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'in_se
            'live_packets', 'file_packets']
 
 # %% ../nbs/00_container.ipynb #a77eecb0
-import errno, re
+import errno, os, re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -76,6 +76,26 @@ def picture_stream(container):
         return long, many, not still, s.width*s.height, s.disposition & Disposition.default, -s.index
     return max(streams, key=rank, default=None)
 
+# %% ../nbs/00_container.ipynb #63ac68a9
+def _boxes(path) -> Iterator[tuple[bytes, int]]:
+    "Kind and place of the outermost boxes of an MP4."
+    with open(path, 'rb') as f:
+        place, size = 0, os.fstat(f.fileno()).st_size
+        while place + 8 <= size:
+            f.seek(place)
+            head = f.read(16)
+            length, kind = int.from_bytes(head[:4], 'big'), head[4:8]
+            yield kind, place
+            if length == 1: length = int.from_bytes(head[8:], 'big')          # it has 64 bits
+            if length < 8: return                                             # 0: to the end of the file
+            place += length
+
+def _second_film(where: str, last: int) -> bool:
+    "Whether an MP4 goes on with another film's data behind the `last` byte that was read."
+    if not where.startswith('file:'): return False                            # an address is not read twice
+    boxes = list(_boxes(where.removeprefix('file:')))
+    return sum(kind == b'moov' for kind, _ in boxes) > 1 and any(kind == b'mdat' and place >= last for kind, place in boxes)
+
 # %% ../nbs/00_container.ipynb #7bae200a
 _OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the pictures are,
 _ALL = 'matroska,webm', 'flv', 'asf', 'mxf'                              # and those that say how long all of the file is
@@ -110,8 +130,10 @@ def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
     if kind in _OWN + _ALL and reached < known - .5 - usual*stream.time_base:
         raise InputError(f'{name}: cut off after {reached:.1f} s of {float(known):.1f} s')
     joined = 'two recordings were joined; convert the second by itself'
-    if kind == 'flv' and 20*(container.size - max(b for _, b in places.values())) > container.size:
-        raise InputError(f'{name}: cannot be read beyond {end - begin:.1f} s, though the file goes on; {joined}')
+    last_byte = max((b for _, b in places.values()), default=0)
+    if kind == 'flv' and 20*(container.size - last_byte) > container.size or kind == _OWN[0] and _second_film(container.name, last_byte):
+        read = float(known) if own else end - begin
+        raise InputError(f'{name}: cannot be read beyond {read:.1f} s, though the file goes on; {joined}')
     for other in container.streams.video if container.format.flags & _ANEW else ():
         a, b = places.get(other.index, (first, last))
         if a > last or b < first:

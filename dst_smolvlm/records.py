@@ -16,7 +16,7 @@ from .annotation import RecordError, Step, TimestampToStateConverter, Turn, Vide
 from .config import InputError, atomic_write, check_outputs, run_cli
 from .delimited import read_header, read_table, split_lines
 from .files import open_path, read_text
-from .footage import video_lengths
+from .footage import find_videos, video_lengths
 from .formats import LEVELS, length_of
 from .formats_proassist import is_frame_counts
 from .reading import POLICIES, Entry, Seen, examine, read_entries
@@ -206,7 +206,8 @@ def _moved(record: VideoRecord, before: Path, after: Path) -> VideoRecord:
 def _check_names(args) -> set[Path]:
     "Raises `InputError` where the command would write over what it reads; → the reports among them, which are not read."
     outputs = {f'--{key}': path for key in ('out', 'report') if (path := getattr(args, key, None))}
-    inputs = {'PATHS': args.paths, '--steps': getattr(args, 'steps', None), '--lengths': args.lengths, '--videos': args.videos}
+    inputs = {'PATHS': args.paths, '--steps': getattr(args, 'steps', None), '--lengths': args.lengths}
+    if args.videos and outputs: inputs['--videos'] = find_videos(args.videos)[0]
     check_outputs(outputs, inputs, within=False)
     check_outputs({name: path for name, path in outputs.items() if not _is_report(path)}, inputs)
     return {Path(path).resolve() for path in outputs.values() if _is_report(path)}

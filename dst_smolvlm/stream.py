@@ -264,7 +264,8 @@ def screen_for(show:bool, out, record:VideoRecord):
 
 def check_names(video, steps_file, checkpoint, out, show:bool=False):
     "Raises `InputError` unless a stream may write `out` and what lies beside it, where nothing is that is read."
-    outputs = {'--out': out, 'its picture': f'{out}.png', 'its beginning': f'{out}.part'} | ({'its recording': f'{out}.mp4'} if show else {})
+    outputs = {'--out': out, 'its picture': f'{out}.png', 'its beginning': f'{out}.part'}
+    if show: outputs['its recording'] = f'{out}.mp4'
     check_outputs(outputs, {'VIDEO': video, '--steps': steps_file, '--checkpoint': checkpoint})
     if Path(video).is_dir() and Path(video).resolve() in Path(out).resolve().parents:         # its picture would be one of them
         raise InputError(f'--out {out}: lies in the folder of images that is streamed; name a file elsewhere')
@@ -323,7 +324,8 @@ def main(argv=None):
     if missing: raise InputError(f'{", ".join(missing)}: missing. {USAGE.splitlines()[0]}')
     out = options['out']
     trace = stream_file(videos[0], options['steps'], options['checkpoint'], out, cfg, show)
-    with atomic_write(picture := Path(f'{out}.png'), 'wb') as f: timeline_figure(trace).savefig(f, format='png', dpi=110, bbox_inches='tight')
+    picture = Path(f'{out}.png')
+    with atomic_write(picture, 'wb') as f: timeline_figure(trace).savefig(f, format='png', dpi=110, bbox_inches='tight')
     changes, skipped = sum(e['type'] == 'state' for e in trace.events), [f.skipped for f in trace.frames if f.skipped]
     of_these = f' ({", ".join(f"{skipped.count(why)} {why}" for why in sorted(set(skipped)))})' if skipped else ''
     print(f"{len(trace.frames)} frames{of_these}, {len(trace.spoken)} replies, {changes} state changes; {out} and {picture.name}")

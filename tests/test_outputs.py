@@ -63,7 +63,8 @@ def test_nor_may_what_lies_beside_its_trace(refused, checkpoint, video, out):
 
 def test_nor_a_file_of_the_checkpoint(refused, checkpoint):
     mine = shutil.copytree(checkpoint, 'mine')
-    refused(stream, ['kitchen.mp4', '--steps', 'steps.json', '--checkpoint', mine, '--out', 'mine/config.json'], 'mine/config.json', '--checkpoint')
+    argv = ['kitchen.mp4', '--steps', 'steps.json', '--checkpoint', mine, '--out', 'mine/config.json']
+    refused(stream, argv, 'mine/config.json', '--checkpoint')
     refused(cache, ['report', '--json', 'mine/config.json', 'model.checkpoint=mine'], '--json', 'model.checkpoint')
 
 
@@ -81,7 +82,8 @@ def test_names_with_dots_have_pictures_of_their_own(here, checkpoint):
     for out in ('run.1', 'run.2', 'picture.png'):
         assert len(streamed(checkpoint, out).frames) == 6
         assert Path(f'{out}.png').read_bytes().startswith(b'\x89PNG')
-    assert {p.name for p in here.iterdir()} == {'kitchen.mp4', 'steps.json'} | {n + e for n in ('run.1', 'run.2', 'picture.png') for e in ('', '.png')}
+    made = {name + end for name in ('run.1', 'run.2', 'picture.png') for end in ('', '.png')}
+    assert {p.name for p in here.iterdir()} == {'kitchen.mp4', 'steps.json'} | made
 
 
 def test_a_recording_leaves_the_video_of_its_name(here, checkpoint):
@@ -91,7 +93,7 @@ def test_a_recording_leaves_the_video_of_its_name(here, checkpoint):
     before = Path('kitchen.mp4').read_bytes()
     streamed(checkpoint, 'kitchen.json', '--show')
     assert Path('kitchen.mp4').read_bytes() == before
-    assert video_length('kitchen.json.mp4').frames == len(json.loads(Path('kitchen.json').read_text())['frames']) == video_length('kitchen.mp4').frames
+    assert video_length('kitchen.json.mp4').frames == len(read_trace('kitchen.json').frames) == video_length('kitchen.mp4').frames
 
 
 def test_steps_saved_by_notepad(here, checkpoint):
