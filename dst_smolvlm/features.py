@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .config import InputError, atomic_write, parse_cli, run_cli
+from .config import InputError, atomic_write, check_outputs, parse_cli, run_cli
 from .model import load_model
 from .probe import list_errors, probe_videos
 from .records import VideoRecord, load_records
@@ -324,6 +324,7 @@ def build_store(cfg) -> tuple[FeatureStore, StoreReport]:
     options = cfg.features
     for key in ('dtype', 'compute_dtype'):
         if options[key] not in DTYPES: raise InputError(f"features.{key}={options[key]}: choose {', '.join(DTYPES)}")
+    check_outputs({'features.path': options.path}, {'data.path': cfg.data.get('path'), 'model.checkpoint': cfg.model.checkpoint})
     rank, ranks, device = my_place(cfg)
     if device.type == 'cpu': torch.set_num_threads(1)
     videos = list(FeatureStore(options.path, '', list_videos(cfg)).videos.values())        # of each video, one record

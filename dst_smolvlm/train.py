@@ -25,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import adapt, check_rates, is_adapted, load_adapter, merged, part_sizes, quantization, save_adapter
 from .baselines import baseline_trace
-from .config import InputError, atomic_write, parse_cli, run_cli, save_config
+from .config import InputError, atomic_write, check_output_dir, parse_cli, run_cli, save_config
 from .dataset import DSTStreamDataset, StreamCollator
 from .features import FeatureStore, encoder_fingerprint, load_encoder
 from .loss import PARTS, weights_from_data
@@ -241,10 +241,14 @@ def learning_keys(train) -> dict:
     return {key: value for key, value in train.items() if not aside(key)}
 
 def same_run(cfg, out:Path) -> bool:
-    "Was what lies in `out` trained by the same configuration? How it is streamed and scored does not matter."
+    """Was what lies in `out` trained by the same configuration? How it is streamed and scored does not matter. Raises `InputError` for a
+    configuration that is none of ours: it would be written over."""
     path = out/'config.yaml'
     if not path.is_file(): return False
-    before = OmegaConf.load(path)
+    try: before = OmegaConf.load(path)
+    except Exception: before = {}                                      # whatever the library makes of it
+    if not {'model', 'data', 'train'} <= {*before}:
+        raise InputError(f'{path}: not left there by a training, and would be written over; choose another output_dir, or move it away')
     if any(before.get(group) != cfg[group] for group in ('model', 'data')): return False
     return learning_keys(before.get('train', {})) == learning_keys(cfg.train)
 
@@ -326,6 +330,7 @@ def save_result(trainer, out:Path, facts:dict, state_dict:dict|None=None):
 # %% ../nbs/13_train.ipynb #b9e48569
 def train(cfg) -> DSTTrainer | None:
     "Train by a configuration and leave `checkpoint/` and `config.yaml` in its output folder; None if that was done before."
+    check_output_dir(cfg, ('checkpoint', 'adapter', 'trainer', 'config.yaml', 'training_log.json'))
     out = Path(cfg.output_dir)
     if cfg.train.get('dry_run'): return show_dry_run(cfg)
     args = training_arguments(cfg, out/'trainer')

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest
 
-from dst_smolvlm import cache, records, stream
+from dst_smolvlm import cache, evaluate, features, records, stream, train
 from dst_smolvlm.model import build_tiny, save_model
 from dst_smolvlm.trace import read_trace
 from dst_smolvlm.video import video_length, write_video
@@ -129,3 +129,32 @@ def test_a_report_may_be_written_twice_among_the_annotations(here, labels):
     os.remove('labels/lengths.json')
     for _ in range(2): records.main(['check', 'labels', '--report', 'labels/report.json'])
     assert json.loads(Path('labels/report.json').read_text())['problems'] == []
+
+
+# Runs by a configuration
+
+def run_of(*overrides): return ['data=records', 'data.source=replay', 'data.path=labels', 'output_dir=run', 'train.max_steps=1', *overrides]
+
+@pytest.mark.parametrize('overrides, words', [
+    (['model.checkpoint=run/checkpoint'], ['its checkpoint', 'model.checkpoint']), (['data.path=run/config.yaml'], ['its config.yaml', 'data.path']),
+    (['output_dir=labels/run'], ['output_dir=labels/run', 'data.path=labels']), (['output_dir=labels'], ['data.path=labels'])])
+def test_a_training_may_not_write_where_it_reads(refused, labels, overrides, words): refused(train, run_of(*overrides), *words)
+
+
+def test_a_training_leaves_the_configuration_of_somebody_else(refused, labels):
+    os.mkdir('run')
+    Path('run/config.yaml').write_text('services:\n  web: {image: nginx}\n')
+    refused(train, run_of(), 'run/config.yaml', 'output_dir')
+
+
+def test_features_are_not_written_over_annotations(refused, labels):
+    refused(features, run_of('features.path=labels/a.jsonl', 'data.path=labels/a.jsonl'), 'features.path', 'data.path')
+
+
+@pytest.mark.parametrize('name', ['scores.json', 'per_video.json', 'leaderboard.md', 'report.html'])
+def test_an_evaluation_may_not_replace_the_predictions_it_scores(refused, name):
+    path = Path('run', name)
+    path.parent.mkdir()
+    path.write_text('{"video_uid": "toy-test-2-00000", "time": 1, "text": "Hello."}\n')
+    few = 'data.test_videos=1', 'data.validation_videos=0'
+    refused(evaluate, ['output_dir=run', f'eval.predictions.theirs={path}', *few], f'its {name}', 'eval.predictions.theirs')
