@@ -124,7 +124,7 @@ def _axes(xlabel: str, ylabel: str, height: float=3.) -> tuple[Figure, object]:
     ax.spines[['top', 'right']].set_visible(False)
     return fig, ax
 
-def _legend(ax, labels: list[tuple[str, object]], loc: str, title: str|None=None, most: int=14):
+def _legend(ax, labels: list[tuple[str, object]], loc: str, title: str|None=None, most: int=7):
     "Labels of lines, as they are: a `$` begins no formula, a `_` hides no row; of very many the first, of a long one its beginning."
     if not labels: return
     legend = ax.legend([line for _, line in labels[:most]], ['row']*len(labels[:most]), frameon=False, fontsize=8, loc=loc, title=title,
