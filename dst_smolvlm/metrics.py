@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'EVENTS', 'WHY_UNDEFINED', 'fold', 'names_pattern', 'named_steps', 'response_names_step', 'Language',
-           'count_speech', 'count_belief', 'count_trace', 'about', 'score_counts', 'check_pairs', 'add_counts',
-           'score_traces']
+           'count_speech', 'count_belief', 'decided_updates', 'count_trace', 'about', 'score_counts', 'check_pairs',
+           'add_counts', 'score_traces']
 
 # %% ../nbs/12_metrics.ipynb #58a64460
 import re, unicodedata
@@ -72,6 +72,7 @@ def count_speech(trace: Trace, record: VideoRecord, tolerance_frames: int, windo
     ready = [i for i, _ in ready_spoken(trace)]                                   # in time only if it was ready in time
     counts = Counter(_prf_counts('speaking', event_prf([i for i, _ in spoken], list(ref), tolerance_frames)))
     counts.update(_prf_counts('ready', event_prf(ready, list(ref), tolerance_frames)))
+    if 'words' in trace.meta.get('without', ()): return counts
     right, named = response_names_step(spoken, list(ref.items()), trace.step_names, tolerance_frames)
     counts.update(named=named, named_right=right)
     language = language or Language()
@@ -95,6 +96,10 @@ def count_belief(trace: Trace, true: np.ndarray, tolerance_frames: int) -> Count
     return counts
 
 # %% ../nbs/12_metrics.ipynb #97282cdc
+def decided_updates(trace: Trace) -> list[int]:
+    "The frames of the update decision: as a trace of predictions says that they were decided, else where head 2 reached its threshold."
+    return trace.update_frames() if trace.meta.get('updates') is None else trace.meta['updates']
+
 def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window=None, language: Language|None=None) -> Counter:
     """Everything that `score_counts` needs to know about one video. `tolerance_s` is for events, `window` (seconds, reference minus
     prediction; by default the dataset's) for replies with words. Raises `InputError` for a trace that does not fit the record."""
@@ -105,11 +110,11 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window
     if len(trace.frames) > len(true): trace = trace.model_copy(update=dict(frames=trace.frames[:len(true)]))      # the rest has no truth
     tolerance, without = int(tolerance_s*trace.fps + 1e-9), trace.meta.get('without', ())
     counts = Counter(frames=len(true), frames_lacking=len(true) - len(trace.frames), videos=1)
+    if language and language.idf is not None: counts.update(text_pairs=0)         # scores of words are asked for, and there may be none
     if 'speech' not in without: counts.update(count_speech(trace, record, tolerance, window, language))
-    elif language and language.idf is not None: counts.update(text_pairs=0)       # scores of words are asked for, and there are none
     if 'states' not in without: counts.update(count_belief(trace, true, tolerance))
     changes = list(state_changes(true))
-    if 'updates' not in without: counts.update(_prf_counts('update', event_prf(trace.update_frames(), changes, tolerance)))
+    if 'updates' not in without: counts.update(_prf_counts('update', event_prf(decided_updates(trace), changes, tolerance)))
     counts.update({f'without_{what}': 1 for what in without})
     return counts
 
@@ -124,12 +129,13 @@ WHY_UNDEFINED = {f'{event}_{measure}': why for event, (no_pred, no_ref) in EVENT
     reply_missing_rate='nothing was to be said', reply_redundant_rate='nothing was said',
     reply_semantic_score='no reply resembles its reference', reply_time_diff='no reply resembles its reference',
     ) | state_metrics.WHY_UNDEFINED | timing.WHY_UNTIMELY | language_metrics.WHY_UNDEFINED
-_SPEECH = {'response_names_step', 'duplicate_rate', 'pauc', 'pauc_ideal', 'bleu', 'chrf', 'cider', 'semantic_similarity'}
+_WORDS = {'response_names_step', 'duplicate_rate', 'pauc', 'pauc_ideal'} | set(language_metrics.WHY_UNDEFINED)
 
 def about(name: str) -> str:
-    "Whether a score is about 'speech', 'updates' or 'states'."
+    "Whether a score is about 'speech', the 'words' of it, 'updates' or 'states'."
     if name.startswith('update'): return 'updates'
-    return 'speech' if name in _SPEECH or name.startswith(('speaking', 'ready', 'reply', 'meteor')) else 'states'
+    if name.startswith(('speaking', 'ready')): return 'speech'
+    return 'words' if name in _WORDS or name.startswith('reply') else 'states'
 
 def score_counts(counts: Counter) -> dict:
     "The scores that follow from (added) counts; `undefined` gives the reason for every None."
@@ -139,7 +145,8 @@ def score_counts(counts: Counter) -> dict:
         scores |= {f'{event}_f1': prf.f1, f'{event}_precision': prf.precision, f'{event}_recall': prf.recall}
     scores |= score_states(counts) | dict(response_names_step=ratio(counts['named_right'], counts['named']))
     scores |= score_matching(counts) | score_timeliness(counts) | (score_language(counts) if 'text_pairs' in counts else {})
-    lacks = [what for what in ('speech', 'updates', 'states') if counts[f'without_{what}']]
+    lacks = [what for what in ('speech', 'words', 'updates', 'states') if counts[f'without_{what}']]
+    if 'speech' in lacks: lacks.append('words')
     scores = {k: None if about(k) in lacks else v for k, v in scores.items()}
     why = lambda k: f'{about(k)}: not given' if about(k) in lacks else WHY_UNDEFINED[k]
     return scores | dict(undefined={k: why(k) for k, v in scores.items() if v is None}, counts=dict(counts))
