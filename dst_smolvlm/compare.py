@@ -15,8 +15,8 @@ from functools import partial
 
 from .bootstrap import compare, score_intervals
 from .config import InputError
-from .language_metrics import WHY_UNDEFINED as WORDS
-from .metrics import Language, add_counts, check_pairs, count_trace, score_counts
+from .language_proassist import ABOVE, count_proassist
+from .metrics import WORDS, Language, add_counts, check_pairs, count_trace, match_replies, matched_texts, score_counts
 from .pool import run_each
 from .records import VideoRecord
 from .thresholds import bin_frames, count_calibration, pr_auc, pr_curve, score_calibration, trace_probabilities
@@ -35,14 +35,17 @@ class Tally:
     counts: Counter
     heads: dict
     times: dict
+    pairs: list         # what was said and should have been said, of the pairs whose words ProAssist compares
 
 def tally(trace:Trace, record:VideoRecord, tolerance_s:float=1., window=None, language:Language|None=None) -> Tally:
     "Everything that is scored of one trace; options of `count_trace`."
-    heads, counts = {}, count_trace(trace, record, tolerance_s, window, language)
+    matching = match_replies(trace, record, window, language)
+    heads, counts = {}, count_trace(trace, record, tolerance_s, window, language, matching)
     for head in HEADS:
         heads[head] = trace_probabilities(trace, record, head)
         counts.update(count_calibration(*heads[head], head))
-    return Tally(trace.video_uid, record.video_uid, trace.fps, counts, heads, time_trace(trace))
+    pairs = matched_texts(trace, record, matching, ABOVE) if 'reply_pairs' in counts else []
+    return Tally(trace.video_uid, record.video_uid, trace.fps, counts, heads, time_trace(trace), pairs)
 
 # %% ../nbs/13_compare.ipynb #c7b7f1eb
 _options = {}                  # of `tally`, sent to every process once: an encoder and its vectors are large
@@ -71,6 +74,9 @@ def tally_rows(
         jobs |= {(name, i): (traces[i:i+1], record) for i, record in enumerate(records)}          # not read yet
     for (name, i), result in run_each(tally_one, jobs, workers, 'score', silent, start=partial(keep_options, options)):
         found[name][i] = result()
+    for some in found.values():                                              # the idf is that of all pairs of a row
+        asked = [t for t in some if 'text_pairs' in t.counts]
+        for t, counts in zip(asked, count_proassist([t.pairs for t in asked])): t.counts.update(counts)
     return found
 
 # %% ../nbs/13_compare.ipynb #68643cdd

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from .config import environment
 from .language_metrics import signatures
+from .language_proassist import proassist_signatures
 from .matching import WINDOWS, window_of
 from .model import checkpoint_hash
 from .split import CODE
@@ -50,7 +51,7 @@ def describe_measures(cfg, records, language) -> dict:
     chosen = window and (WINDOWS[window] if window in list(WINDOWS) else tuple(window))
     weights = {k: w for k, w in (cfg.eval.weights or {}).items() if w}
     return dict(tolerance_s=cfg.eval.tolerance_s, window=f'{chosen} s' if window else own, encoder=language.name,
-                signatures=signatures(language.similarity), weights=weights, bootstrap_seed=0,
+                signatures=signatures(language.similarity) | proassist_signatures(), weights=weights, bootstrap_seed=0,
                 intervals=f'95 %, {cfg.eval.bootstrap} paired resamplings of the videos' if cfg.eval.bootstrap and videos > 1 else '')
 
 # %% ../nbs/13_conditions.ipynb #9d282223
