@@ -10,7 +10,7 @@ __all__ = ['HEADS', 'LOWER_IS_BETTER', 'NOT_SCORES', 'UNBOUNDED', 'COMPARED', 'T
 # %% ../nbs/13_compare.ipynb #e7e3dd68
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from .bootstrap import compare, score_intervals
@@ -35,7 +35,7 @@ class Tally:
     counts: Counter
     heads: dict
     times: dict
-    pairs: list         # what was said and should have been said, of the pairs whose words ProAssist compares
+    pairs: list = field(default_factory=list)    # what was said and should have been said, of the pairs whose words ProAssist compares
 
 def tally(trace:Trace, record:VideoRecord, tolerance_s:float=1., window=None, language:Language|None=None) -> Tally:
     "Everything that is scored of one trace; options of `count_trace`."

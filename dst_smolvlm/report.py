@@ -99,10 +99,10 @@ def leaderboard_markdown(rows, meta, failed:Sequence[RecordError]=()) -> str:
     kinds, cell = list(KINDS), lambda text: text.replace('|', '\\|')
     for r in sorted(rows, key=lambda r: (kinds.index(r['kind']), -(r['score'] if r.get('score') is not None else -1))):
         lines.append(f"| `{cell(r['name'])}` | " + ' | '.join(with_interval(r, c) for c in SUMMARY) + f" | {cell(r['what'])} |")
-    missing = [failed_in_words(meta, failed), '', *(f'* {e}' for e in failed), ''] if failed else []
+    missing = [failed_in_words(meta), '', *(f'* {e}' for e in failed), ''] if failed else []
     return '\n'.join([f"# {videos_in_words(meta)} of {meta['data']}", '', *lines, '', *missing, how_read(meta, rows), '', f"`{meta['command']}`", ''])
 
-def failed_in_words(meta, failed) -> str:
+def failed_in_words(meta) -> str:
     "What became of videos that failed."
     return (f"{number(meta['videos_failed'], meta['split'] + ' video')} failed and {'is' if meta['videos_failed'] == 1 else 'are'} in no row; those that "
             f"fail are seldom the easy ones:")
@@ -284,7 +284,7 @@ def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:S
     title = html.escape(f"{videos_in_words(meta)} of {meta['data']}")
     parts = [f'<h1>{title}, streamed and scored</h1><p>{html.escape(how_read(meta, rows))}</p>', table_html(rows, SUMMARY, what=True),
              f"<p class='note'>{READ_FIRST}{READ_CONTROLS*any(r['kind'] == 'control' for r in rows)}</p>", undefined_html(rows)]
-    if failed: parts.append(f'<h2>Videos that failed</h2><p>{html.escape(failed_in_words(meta, failed))}</p>{list_html([str(e) for e in failed])}')
+    if failed: parts.append(f'<h2>Videos that failed</h2><p>{html.escape(failed_in_words(meta))}</p>{list_html([str(e) for e in failed])}')
     if comparisons: parts.append(f'<h2>What differs</h2><p>{READ_DIFFERENCES}</p>{comparisons_html(comparisons)}')
     told = {k: html.escape(str(meta.get(k))) for k in ('window', 'encoder')}
     for name, about, columns in TABLES:

@@ -8,6 +8,7 @@ __all__ = ['AFTERWARDS', 'TRAINING', 'CODE', 'code_hash', 'Job', 'strategy_of', 
 
 # %% ../nbs/12_split.ipynb #9caf4ff9
 import contextlib, hashlib, json, os, re, resource, sys
+from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -175,30 +176,30 @@ class Streamed(NamedTuple):
     traces: dict[str, Traces]      # by the variant's name, of the videos that are whole in all variants
     failed: list[RecordError]      # one for each record that could not be streamed; its `record` is the `uid`
 
-def whole(scenes, failed:list[RecordError]) -> list:
+def whole(scenes, failed:Iterable[RecordError]) -> list:
     "The scenes of the videos of which nothing failed, in no dialogue."
     bad = {e.record for e in failed}
     videos = {s.record.video_uid for s in scenes if s.record.uid in bad}
     return [s for s in scenes if s.record.video_uid not in videos]
 
-def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None) -> Streamed:
+def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None, failed=()) -> Streamed:
     """Stream every scene in every variant, resuming what is there and trying again what failed. `thresholds` {speak, update} are by the
-    variant's name. A video that fails in one variant is left out of all, so that all rows are of the same."""
-    ranks, scenes = ranks or join_ranks(), list(scenes)
+    variant's name; `failed` are errors that are known beforehand. A video that fails in one variant is left out of all, so that all rows are of
+    the same."""
+    ranks, scenes, failed = ranks or join_ranks(), list(scenes), {e.record: e for e in failed}
+    able = {s.record.uid for s in whole(scenes, failed.values())}
     folders = {v.name: v.checkpoint or str(checkpoint) for v in variants}
     weights = {path: checkpoint_hash(path) for path in set(folders.values())}
     jobs = [Job(folders[v.name], weights[folders[v.name]], scene, v, thresholds[v.like or v.name], cfg,
-                Path(folder)/v.name/f'{safe_name(scene.record.uid)}.json') for v in variants for scene in suited(v, scenes, cfg)]
+                Path(folder)/v.name/f'{safe_name(scene.record.uid)}.json') for v in variants for scene in suited(v, scenes, cfg) if scene.record.uid in able]
     mine = dict(list(enumerate(jobs))[ranks.process_index::ranks.num_processes])
     on_cpu = pick_device(cfg) == 'cpu'
     workers = cfg.eval.workers or (max(1, count_cores()//ranks.num_processes) if on_cpu else 1)
     done = run_jobs(mine, workers, title, silent=not ranks.is_main_process)
     if ranks.num_processes > 1: done = dict(gather_object(list(done.items())))
     if 'run' in done: raise InputError(f"{done['run']}. What was streamed is kept in {folder}")
-    failed = {}
     for i in range(len(jobs)):
         if isinstance(done[i], RecordError): failed.setdefault(done[i].record, done[i])                # in the first of the variants
-    failed = list(failed.values())
-    left = {s.record.uid for s in whole(scenes, failed)}
+    left = {s.record.uid for s in whole(scenes, failed.values())}
     makers = {v.name: [partial(read_trace, done[i]) for i, job in enumerate(jobs) if job.variant is v and job.scene.record.uid in left] for v in variants}
-    return Streamed({name: Traces(tuple(some)) for name, some in makers.items()}, failed)
+    return Streamed({name: Traces(tuple(some)) for name, some in makers.items()}, list(failed.values()))

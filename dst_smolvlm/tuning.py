@@ -96,11 +96,11 @@ def tune_variants(checkpoint, variants, scenes, cfg, out, ranks, failed=()) -> T
     own, like = [v for v in variants if not v.like], [v for v in variants if v.like]
     thresholds, f1, failed = {v.name: dict(speak=.5, update=.5) | given for v in own}, {}, list(failed)
     open_ = [head for head in ('speak', 'update') if head not in given]
-    source, scenes = [f'{head} given' for head in given], whole(scenes, failed)
+    source = [f'{head} given' for head in given]
     if open_ and not videos: source.append(f"{' and '.join(open_)} left at .5, as there are no validation videos")
     elif open_:
-        streamed = stream_scenes(checkpoint, scenes, own, thresholds, cfg, out/'traces'/'tuning', 'validation', ranks)
-        scenes, failed = whole(scenes, streamed.failed), failed + streamed.failed
+        streamed = stream_scenes(checkpoint, scenes, own, thresholds, cfg, out/'traces'/'tuning', 'validation', ranks, failed)
+        scenes, failed = whole(scenes, streamed.failed), streamed.failed
         if not scenes:
             raise InputError(f'all {videos} validation videos failed, and without them no threshold can be tuned: mend them, or give '
                              f'eval.speak_threshold and eval.update_threshold. The first: {failed[0]}')
