@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'USAGE', 'check_numbers', 'chosen_window', 'check_scoring', 'check_names', 'make_language',
-           'wordless_references', 'perplexity', 'add_perplexities', 'Entry', 'entries_of', 'score_entries', 'videos_of',
-           'draws_of', 'compare_entries', 'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'load_splits',
-           'probe_scenes', 'those_of', 'refuse_if_none', 'stream_rows', 'in_words', 'warn_of', 'evaluate', 'main']
+           'wordless_references', 'Entry', 'entries_of', 'score_entries', 'videos_of', 'draws_of', 'compare_entries',
+           'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'load_splits', 'probe_scenes', 'those_of',
+           'refuse_if_none', 'stream_rows', 'in_words', 'warn_of', 'evaluate', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #52cd064b
 import json, math, sys, tempfile
@@ -16,11 +16,8 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
-from tqdm.auto import tqdm
 
 from .annotation import RecordError
 from .baselines import BASELINES, baseline_trace
@@ -28,18 +25,18 @@ from .bootstrap import resample
 from .compare import combined_score, compare_rows, make_row, tally_rows
 from .conditions import describe_run
 from .config import InputError, atomic_write, compose_config, parse_cli, run_cli, save_config
-from .dataset import DSTStreamDataset, StreamCollator, VideoScene, load_scenes
+from .dataset import VideoScene, load_scenes
 from .lanes import timeline_figure
 from .language_metrics import Idf, load_encoder, words
 from .matching import WINDOWS
 from .metrics import Language, score_counts
-from .model import load_pretrained
+from .perplexity import add_perplexities
 from .pool import count_cores
 from .predictions import read_predictions
 from .probe import list_errors, probe_videos
 from .report import failed_in_words, format_rows, leaderboard_markdown, report_html, videos_in_words
 from .split import Streamed, join_ranks, stream_scenes, whole
-from .stream import backbone_dtype, given_thresholds, pick_device, prepare
+from .stream import given_thresholds
 from .sweeps import threshold_figures, threshold_notes
 from .trace import Traces, reference_speech
 from .tuning import Tuning, tune_variants
@@ -105,29 +102,6 @@ def wordless_references(cfg, records) -> list[RecordError]:
     where, why = cfg.data.get('path') or cfg.data.name, 'a reply of the reference without words; it gets no scores of words'
     return [RecordError(where, why, r.uid, f'turn at {f/r.fps:g} s', text, warning=True)
             for r in records for f, text in reference_speech(r).items() if not words(text)]
-
-# %% ../nbs/13_evaluate.ipynb #550eedb6
-def perplexity(checkpoint, scenes, cfg) -> float|None:
-    "exp of the mean negative log-likelihood of the tokens that the assistant of the reference says; None if it says nothing."
-    model, layout = load_pretrained(checkpoint, dtype=backbone_dtype(cfg), device=pick_device(cfg))
-    model, size, limit = prepare(model, cfg), model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
-    plain = dict(corrupt_told=0, drop_replies=0, from_middle=0, dialogues=0, glimpses=0)
-    clips = DSTStreamDataset(scenes, layout, size, min(limit, 4096), split_long=True, **plain)
-    collate, surprise, said = StreamCollator(layout.tokenizer.pad_token_id), 0., 0
-    for k in tqdm(range(len(clips)), desc='perplexity', leave=False):
-        batch = {key: v.to(model.device) if torch.is_tensor(v) else v for key, v in collate([clips[k]]).items()}
-        with torch.inference_mode(): out = model(**batch)
-        surprise += F.cross_entropy(out.lm_logits.float(), out.lm_targets, reduction='sum').item()
-        said += len(out.lm_targets)
-    return math.exp(min(surprise/said, 700.)) if said else None                    # e^700 is as large as a number can be
-
-def add_perplexities(rows:dict[str, dict], checkpoints:dict[str, object], scenes, cfg):
-    "Put into the rows of these checkpoints, by name, their perplexity, or why there is none: no other score is lost for it."
-    for name, path in checkpoints.items():
-        why = 'the reference says nothing'
-        try: rows[name]['perplexity'] = perplexity(path, scenes, cfg)
-        except InputError as e: rows[name]['perplexity'], why = None, str(e)
-        if rows[name]['perplexity'] is None: rows[name]['undefined']['perplexity'] = why
 
 # %% ../nbs/13_evaluate.ipynb #35b0f020
 class Entry(NamedTuple):
@@ -232,7 +206,7 @@ def load_splits(cfg) -> tuple[list, list]:
     if not len(test): raise InputError(f'data={cfg.data.name}: the split {cfg.eval.split} is empty; choose another with eval.split=train')
     return [test[i] for i in range(len(test))], [validation[i] for i in range(len(validation))]
 
-# %% ../nbs/13_evaluate.ipynb #93bf6158
+# %% ../nbs/13_evaluate.ipynb #995b7671
 def probe_scenes(scenes, cfg, ranks) -> list[RecordError]:
     "What is wrong with the video files of scenes, as the first process finds and lists it; nothing of those that are drawn."
     footage = list({s.record.uid: (s.record, s.path) for s in scenes if isinstance(s, VideoScene)}.values()) if cfg.eval.probe else []

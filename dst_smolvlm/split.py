@@ -33,7 +33,7 @@ from .variants import Variant, controlled, suited
 
 # %% ../nbs/12_split.ipynb #b5bbdae1
 AFTERWARDS = {'baselines', 'bootstrap', 'compare', 'conditions', 'evaluate', 'judge', 'language_metrics', 'language_proassist', 'lanes', 'matching',
-              'metrics', 'predictions', 'report', 'state_metrics', 'thresholds', 'timeline', 'timing', 'tuning'}       # they only read traces
+              'metrics', 'perplexity', 'predictions', 'report', 'state_metrics', 'sweeps', 'thresholds', 'timeline', 'timing', 'tuning'}   # they only read traces
 TRAINING = {'adapters', 'features', 'layers', 'learning', 'lora', 'loss', 'memory', 'probe', 'statistics', 'train', 'trainer', '_modidx'}
 
 def code_hash() -> str:

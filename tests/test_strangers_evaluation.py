@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import processes
-from dst_smolvlm import evaluate, sweeps
+from dst_smolvlm import evaluate, perplexity, sweeps
 from dst_smolvlm.annotation import Step, Turn, VideoRecord
 from dst_smolvlm.bootstrap import resample
 from dst_smolvlm.compare import make_row, tally_rows
@@ -379,7 +379,7 @@ def test_a_disk_that_is_full_is_no_videos_fault(kitchen, tmp_path, monkeypatch):
 def test_a_perplexity_that_cannot_be_had_costs_no_score(kitchen, tmp_path, monkeypatch):
     options, _ = film(kitchen, tmp_path/'films')
     def broken(*args): raise InputError('k7.mp4: the video ends after 3 frames')
-    monkeypatch.setattr(evaluate, 'perplexity', broken)
+    monkeypatch.setattr(perplexity, 'perplexity', broken)
     evaluate.main([*options, *GIVEN, 'eval.perplexity=true'])
     row = scores(tmp_path/'films'/'out')['rows'][0]
     assert row['perplexity'] is None and row['undefined']['perplexity'] == 'k7.mp4: the video ends after 3 frames' and row['slot_accuracy'] is not None
