@@ -169,8 +169,8 @@ def compare_rows(tallies:dict[str, list[Tally]], main:str, others, weights:dict,
         if len(rows[0]) not in draws: continue
         differences = compare(*rows, scorer(weights, columns), draws[len(rows[0])])
         span = lambda d: None if d.low is None else [d.low, d.high]
-        found += [dict(row=main, other=other, videos=len(rows[0]), column=c, difference=d.value, interval=span(d), bound=d.bound and list(d.bound),
-                       verdict=d.verdict, why=d.why) for c, d in differences.items()]
+        found += [dict(row=main, other=other, videos=len(rows[0]), column=c, difference=d.value, interval=span(d),
+                       bound=d.bound and list(d.bound), verdict=d.verdict, why=d.why) for c, d in differences.items()]
     return found
 
 # %% ../nbs/13_compare.ipynb #15cad925

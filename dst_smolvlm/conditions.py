@@ -69,8 +69,8 @@ def describe_stream(cfg, checkpoint, variants, thresholds:dict, tuned_f1:dict, s
                 told_truth=told_truth, thresholds=thresholds, thresholds_from=source, thresholds_f1_on_validation=tuned_f1) | plain
 
 def describe_run(cfg, test, validation, checkpoint, variants, language, ranks, argv, failed=(), **tuning) -> dict:
-    """Everything that one needs to make the figures again, of the scenes that were scored and those that thresholds were tuned on; `failed`: names
-    of videos that were to be scored; `tuning` are thresholds, tuned_f1 and source of `describe_stream`."""
+    """Everything that one needs to make the figures again, of the scenes that were scored and those that thresholds were tuned on;
+    `failed`: names of videos that were to be scored; `tuning` are thresholds, tuned_f1 and source of `describe_stream`."""
     records = [s.record for s in test]
     launch = ['accelerate', 'launch', '--num_processes', str(ranks.num_processes)] if ranks.num_processes > 1 else ['python']
     seen = dict(test=hash_scenes(test), validation=hash_scenes(validation) if validation else None)
@@ -79,6 +79,7 @@ def describe_run(cfg, test, validation, checkpoint, variants, language, ranks, a
                   predictions={name: hash_file(path) for name, path in (cfg.eval.predictions or {}).items()})
     command = shlex.join([*launch, '-m', 'dst_smolvlm.evaluate', *map(str, argv or ())])
     made = dict(command=command, data=cfg.data.name, split=cfg.eval.split,
-                videos=len({r.video_uid for r in records}), videos_failed=len(set(failed)), dialogues=len(records), data_seed=cfg.data.get('seed'), hashes=hashes)
+                videos=len({r.video_uid for r in records}), videos_failed=len(set(failed)), dialogues=len(records),
+                data_seed=cfg.data.get('seed'), hashes=hashes)
     made |= describe_measures(cfg, records, language) | describe_stream(cfg, checkpoint, variants, **tuning)
     return made | describe_machine(cfg, ranks)

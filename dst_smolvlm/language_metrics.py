@@ -191,8 +191,8 @@ def count_language(
     similarity: Callable[[str, str], float]|None=None,        # of two texts, such as a `SentenceEncoder`; None leaves it out
     idf: Idf|None=None                                        # of all references of the split; None leaves CIDEr out
 ) -> Counter:
-    """What `score_language` needs to know about the pairs of one video; counts of videos are added with `Counter.update`. All pairs count, but
-    for those whose reference has no words: BLEU and chrF on the texts as they are, METEOR and CIDEr on their `words`."""
+    """What `score_language` needs to know about the pairs of one video; counts of videos are added with `Counter.update`. All pairs
+    count, but for those whose reference has no words: BLEU and chrF on the texts as they are, METEOR and CIDEr on their `words`."""
     scored = [(pred, ref) for pred, ref in pairs if words(ref)]
     counts = Counter(text_pairs=len(scored), text_empty_references=len(pairs) - len(scored))
     if not scored: return counts

@@ -14,7 +14,8 @@ from importlib.metadata import version
 from .language_metrics import Idf, cider, meteor, meteor_name, ngrams
 
 # %% ../nbs/12_language_proassist.ipynb #601a045f
-_TYPED = str.maketrans({'’': "'", '‘': ' `` ', '“': ' `` ', '”': " '' ", '–': ' -- ', '—': ' -- ', '…': ' ... ', '*': ' * ', '°': ' ° ', '\u200b': ''})
+_TYPED = str.maketrans({'’': "'", '‘': ' `` ', '“': ' `` ', '”': " '' ", '–': ' -- ', '—': ' -- ', '…': ' ... ', '*': ' * ', '°': ' ° ',
+                        '\u200b': ''})
 _BRACKETS = dict(zip('()[]{}', ('-lrb-', '-rrb-', '-lsb-', '-rsb-', '-lcb-', '-rcb-')))
 _PUNCTUATION = {"''", "'", '``', '`', '.', '?', '!', ',', ':', '-', '--', '...', ';'}
 _SHORT = re.compile(r'(?:[a-z]\.)+|(?:mr|mrs|ms|dr|st|vs|jr|sr|prof|etc|al|co|inc|ltd|corp)\.')     # what ends in a full stop of its own
@@ -50,8 +51,8 @@ def _count_pair(said: list[str], true: list[str]) -> Counter:
     return counts
 
 def count_proassist(videos: list[list[tuple[str, str]]]) -> list[Counter]:
-    """What `score_proassist` needs to know of each video of a row. A video is the pairs above a similarity of .5, each what was said and what
-    should have been said; those whose reference has no tokens are left out."""
+    """What `score_proassist` needs to know of each video of a row. A video is the pairs above a similarity of .5, each what was said and
+    what should have been said; those whose reference has no tokens are left out."""
     videos = [[pair for pair in pairs if ptb_tokens(pair[1])] for pairs in videos]
     idf, found = Idf((ref for pairs in videos for _, ref in pairs), ptb_tokens), []
     for pairs in videos:
@@ -64,8 +65,8 @@ def count_proassist(videos: list[list[tuple[str, str]]]) -> list[Counter]:
     return found
 
 # %% ../nbs/12_language_proassist.ipynb #59114919
-_METEORS = ('meteor', 'meteor_exact_stem')
-WHY_UNDEFINED = dict.fromkeys([*(f'proassist_bleu{n}' for n in (1, 2, 3, 4)), *(f'proassist_nltk_{name}' for name in _METEORS)], 'no pair above a similarity of .5')
+_OF_ONE_PAIR = [f'proassist_bleu{n}' for n in (1, 2, 3, 4)] + ['proassist_nltk_meteor', 'proassist_nltk_meteor_exact_stem']
+WHY_UNDEFINED = dict.fromkeys(_OF_ONE_PAIR, 'no pair above a similarity of .5')
 WHY_UNDEFINED |= dict(proassist_cider='no two pairs above a similarity of .5')
 
 def _bleus(n: Counter) -> list[float]:
@@ -80,12 +81,14 @@ def _bleus(n: Counter) -> list[float]:
 def score_proassist(counts: Counter) -> dict[str, float|None]:
     "ProAssist's BLEU-1 to 4 and CIDEr from (added) counts, and nltk's METEOR of the same tokens; None where no pair counts."
     n = Counter({k.removeprefix('text_proassist_'): v for k, v in counts.items() if k.startswith('text_proassist_')})
-    scores = {f'proassist_bleu{k}': v for k, v in enumerate(_bleus(n), 1)} | {f'proassist_nltk_{meteor_name()}': n[f'{meteor_name()}_sum']/max(n['pairs'], 1)}
+    scores = {f'proassist_bleu{k}': v for k, v in enumerate(_bleus(n), 1)}
+    scores[f'proassist_nltk_{meteor_name()}'] = n[f'{meteor_name()}_sum']/max(n['pairs'], 1)
     scores = {k: v if n['pairs'] else None for k, v in scores.items()}
     return scores | dict(proassist_cider=n['cider_sum']/n['cider_pairs'] if n['cider_pairs'] else None)
 
 def proassist_signatures() -> dict[str, str]:
     "How each of these scores is computed."
-    common, stages = f'pairs:similarity>{ABOVE}|case:lower|tok:ptb, no punctuation', 'exact+stem+wordnet' if meteor_name() == 'meteor' else 'exact+stem'
+    common = f'pairs:similarity>{ABOVE}|case:lower|tok:ptb, no punctuation'
+    stages = 'exact+stem+wordnet' if meteor_name() == 'meteor' else 'exact+stem'
     return {'proassist_bleu': f'{common}|pycocoevalcap', 'proassist_cider': f'{common}|CIDEr-D|n:4|sigma:6|idf:references of these pairs',
             f'proassist_nltk_{meteor_name()}': f'{common}|{stages}|nltk:{version("nltk")}, not METEOR 1.5'}

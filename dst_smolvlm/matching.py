@@ -73,8 +73,8 @@ WINDOWS = {'narration': (-2.5, 2.5), 'ego4d': (-4, 8.5), 'epickitchens': (-1.5, 
            'egoexolearn': (-2, 3.5), 'assembly101': (-2, 4), 'wtag': (-3, 6)}   # seconds, reference minus prediction
 
 def window_of(dataset: str) -> tuple[float, float]:
-    """ProAssist's rule: the first of the words of `WINDOWS` that stands anywhere in the dataset's name, in small or capital letters; (-2.5, 2.5)
-    for all others. One exception is ours: EPIC-KITCHENS-100, however its words are joined, is `epickitchens`, which ProAssist calls it."""
+    """ProAssist's rule: the first of the words of `WINDOWS` that stands anywhere in the dataset's name, in small or capital letters;
+    (-2.5, 2.5) for all others. One exception is ours: EPIC-KITCHENS-100, however joined, is `epickitchens`, as ProAssist calls it."""
     name = re.sub('epic[-_ ]kitchens', 'epickitchens', dataset.lower())
     return next((window for word, window in WINDOWS.items() if word in name), WINDOWS['narration'])
 

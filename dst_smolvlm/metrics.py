@@ -20,7 +20,8 @@ from . import language_metrics, language_proassist, state_metrics, timing
 from .config import InputError
 from .language_metrics import count_language, score_language
 from .language_proassist import score_proassist
-from .matching import PRF, Matching, count_matching, event_prf, match_events, match_predictions, ratio, score_matching, window_of, word_similarity
+from .matching import (
+    PRF, Matching, count_matching, event_prf, match_events, match_predictions, ratio, score_matching, window_of, word_similarity)
 from .records import VideoRecord
 from .state import state_changes
 from .state_metrics import count_states, score_states

@@ -100,7 +100,7 @@ def _value(text:str, *at):
 def read_entries(path:Path) -> tuple[str, dict[int, Any]]:
     "What the entries of a file are called, 'line' or 'entry', and by number the JSON value of each, or the `RecordError` that it is."
     text = read_content(path)
-    lines = {n: line for n, line in enumerate(re.split('\r\n?|\n', text), 1) if line.strip()}         # nowhere else: U+2028 may stand in a text
+    lines = {n: line for n, line in enumerate(re.split('\r\n?|\n', text), 1) if line.strip()}    # U+2028 may stand in a text
     broken = isinstance(_value(next(iter(lines.values()), '{}'), path), RecordError)
     if broken or text.lstrip().startswith('['):
         whole = _value(text, path)
@@ -156,7 +156,7 @@ def as_trace(record:VideoRecord, held:dict[str, dict], name:str, without=()) -> 
     speech = dict.fromkeys(at_half('speak_prob'), '…') if 'words' in without else held['text']
     updates = at_half('update_prob') if 'states' in without else list(state_changes(states))
     trace = trace_from_states(record, states, speech, updates, model=name)
-    sure = lambda f: dict(speak_prob=held['speak_prob'].get(f.index, f.speak_prob), update_prob=held['update_prob'].get(f.index, f.update_prob))
+    sure = lambda f: {key: held[key].get(f.index, getattr(f, key)) for key in ('speak_prob', 'update_prob')}
     frames = [f.model_copy(update=sure(f)) for f in trace.frames]
     return trace.model_copy(update=dict(frames=frames, meta=trace.meta | dict(without=list(without), updates=updates)))
 

@@ -30,14 +30,16 @@ TABLES = (
                  'sentences that differ in one colour are alike to it. <i>Names the step</i>, above, is not.',
      dict(reply_precision='precision', reply_recall='recall', reply_f1='F1', reply_jaccard='Jaccard', reply_missing_rate='missing',
           reply_redundant_rate='redundant', reply_semantic_score='similarity', reply_time_diff='time diff. (s)')),
-    ('Words of matched pairs', 'Of all matched pairs, however alike. BLEU and chrF: the texts as they are, in sacrebleu’s own tokens. METEOR is '
-                 'nltk’s, and CIDEr-D: words in lower case, without punctuation; the idf is that of all references of the split, matched or not. BLEU, '
-                 'chrF and METEOR go from 0 to 1, CIDEr to 10. Perplexity is that of the reference’s words, read by the model.',
+    ('Words of matched pairs', 'Of all matched pairs, however alike. BLEU and chrF: the texts as they are, in sacrebleu’s own tokens. '
+                 'METEOR (nltk’s) and CIDEr-D: words in lower case, without punctuation; the idf is that of all references of the split, '
+                 'matched or not. BLEU, chrF and METEOR go from 0 to 1, CIDEr to 10. Perplexity is that of the reference’s words, read '
+                 'by the model.',
      dict(bleu='BLEU', chrf='chrF', meteor='METEOR', meteor_exact_stem='METEOR (exact+stem)', cider='CIDEr',
           semantic_similarity='semantic', perplexity='perplexity')),
-    ('Words as ProAssist counts them', 'Of the matched pairs with a similarity above .5 only ({encoder}; ProAssist’s encoder is all-mpnet-base-v2), '
-                 'in lower case and Penn Treebank tokens without punctuation. BLEU-1 to 4 and CIDEr-D as in pycocoevalcap, the idf that of these '
-                 'pairs’ references. METEOR is nltk’s, another variant than the METEOR 1.5 of ProAssist’s tables. Intervals keep the idf of the row.',
+    ('Words as ProAssist counts them', 'Of the matched pairs with a similarity above .5 only ({encoder}; ProAssist’s: all-mpnet-base-v2), '
+                 'in lower case and Penn Treebank tokens without punctuation. BLEU-1 to 4 and CIDEr-D as in pycocoevalcap, the idf that of '
+                 'these pairs’ references. METEOR is nltk’s, another variant than the METEOR 1.5 of ProAssist’s tables. Intervals keep the '
+                 'idf of the row.',
      {f'proassist_bleu{n}': f'BLEU-{n}' for n in (1, 2, 3, 4)} | dict(proassist_cider='CIDEr', proassist_nltk_meteor='METEOR (nltk)',
           proassist_nltk_meteor_exact_stem='METEOR (nltk, exact+stem)')),
     ('State tracking', 'Relative slot accuracy leaves out what never started; granular change accuracy scores changes, so that an early '
@@ -46,8 +48,9 @@ TABLES = (
           granular_change_accuracy='granular change', macro_f1='macro F1', f1_not_started='not started', f1_in_progress='in progress',
           f1_completed='completed')),
     ('State changes', 'Transitions matched one to one within ± seconds; <i>valid</i> is the share of believed transitions that are legal, '
-                 '<i>edit</i> how alike the order of all transitions is, whenever they came (a step is its beginning and its end, so that steps '
-                 'which abut are scored otherwise than by MS-TCN, by definition); F1@k counts stretches in progress that overlap by k %.',
+                 '<i>edit</i> how alike the order of all transitions is, whenever they came (a step is its beginning and its end, so that '
+                 'steps which abut are scored otherwise than by MS-TCN, by definition); F1@k counts stretches in progress that overlap by '
+                 'k %.',
      dict(transition_f1_05s='F1 ±0.5 s', transition_f1_1s='±1 s', transition_f1_2s='±2 s', transition_f1_5s='±5 s',
           valid_dst_ratio='valid', edit_score='edit', segmental_f1_10='F1@10', segmental_f1_25='F1@25', segmental_f1_50='F1@50')),
     ('Update decision', 'Head 2, and the changes of the believed state itself.',
@@ -75,8 +78,8 @@ def format_rows(rows, columns=SUMMARY) -> str:
 
 # %% ../nbs/12_report.ipynb #c90ad018
 MARK = '†'
-EXACT = (f'{MARK} All videos are alike in this, so that drawing them again shows nothing: the exact interval of Clopper and Pearson, with each video as '
-         'one trial.')
+EXACT = (f'{MARK} All videos are alike in this, so that drawing them again shows nothing: the exact interval of Clopper and Pearson, with '
+         'each video as one trial.')
 
 def span_of(row, column) -> str:
     "The interval of a score as 'low, high', marked where it is the exact one; empty where there is none, or one without width."
@@ -100,12 +103,14 @@ def leaderboard_markdown(rows, meta, failed:Sequence[RecordError]=()) -> str:
     for r in sorted(rows, key=lambda r: (kinds.index(r['kind']), -(r['score'] if r.get('score') is not None else -1))):
         lines.append(f"| `{cell(r['name'])}` | " + ' | '.join(with_interval(r, c) for c in SUMMARY) + f" | {cell(r['what'])} |")
     missing = [failed_in_words(meta), '', *(f'* {e}' for e in failed), ''] if failed else []
-    return '\n'.join([f"# {videos_in_words(meta)} of {meta['data']}", '', *lines, '', *missing, how_read(meta, rows), '', f"`{meta['command']}`", ''])
+    title = f"# {videos_in_words(meta)} of {meta['data']}"
+    return '\n'.join([title, '', *lines, '', *missing, how_read(meta, rows), '', f"`{meta['command']}`", ''])
 
 def failed_in_words(meta) -> str:
     "What became of videos that failed."
-    return (f"{number(meta['videos_failed'], meta['split'] + ' video')} failed and {'is' if meta['videos_failed'] == 1 else 'are'} in no row; those that "
-            f"fail are seldom the easy ones:")
+    n = meta['videos_failed']
+    verb = 'is' if n == 1 else 'are'
+    return f"{number(n, meta['split'] + ' video')} failed and {verb} in no row; those that fail are seldom the easy ones:"
 
 def how_read(meta, rows) -> str:
     "In words: what the score is made of, what the intervals are, and where the thresholds come from."
@@ -270,17 +275,18 @@ def list_html(lines, most:int=200) -> str:
 # %% ../nbs/12_report.ipynb #d197e181
 READ_DIFFERENCES = ('Both rows of a comparison by the same resampled videos. A difference is shown if its interval lies on one side of 0 '
                     'and swapping the names of the rows in some videos seldom gives as large a one (at most in one of twenty ways; fewer '
-                    'than six videos cannot show anything). Where all videos differ alike (†), the interval is what so many trials can tell. Of '
-                    'twenty equal pairs about one would still differ by chance.')
+                    'than six videos cannot show anything). Where all videos differ alike (†), the interval is what so many trials can '
+                    'tell. Of twenty equal pairs about one would still differ by chance.')
 READ_FIRST = 'State tracking begins above <b>event_order</b>, which knows when something happens but not what.'
 READ_CONTROLS = (' The controls must fall below it: a model that scores without pictures, or with the wrong names on the step lines, does '
                  'not track.')
 PAGE = ("<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
         '<title>{title}</title><style>{style}</style></head><body>{body}</body></html>')
 
-def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:Sequence[RecordError]=(), notes=(), failed:Sequence[RecordError]=()) -> str:
-    """The self-contained report. `figures` and `timelines` are (title, function that draws, caption); `problems` what is wrong in predictions
-    (left out) and in references (warnings); `notes` (HTML) stand under the thresholds; `failed` are videos that are in no row."""
+def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:Sequence[RecordError]=(), notes=(),
+                failed:Sequence[RecordError]=()) -> str:
+    """The self-contained report. `figures` and `timelines` are (title, function that draws, caption); `problems` what is wrong in
+    predictions (left out) and in references (warnings); `notes` (HTML) stand under the thresholds; `failed` videos are in no row."""
     title = html.escape(f"{videos_in_words(meta)} of {meta['data']}")
     parts = [f'<h1>{title}, streamed and scored</h1><p>{html.escape(how_read(meta, rows))}</p>', table_html(rows, SUMMARY, what=True),
              f"<p class='note'>{READ_FIRST}{READ_CONTROLS*any(r['kind'] == 'control' for r in rows)}</p>", undefined_html(rows)]

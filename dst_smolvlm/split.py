@@ -32,8 +32,9 @@ from .trace import Traces, read_trace, write_trace
 from .variants import Variant, controlled, suited
 
 # %% ../nbs/12_split.ipynb #b5bbdae1
-AFTERWARDS = {'baselines', 'bootstrap', 'compare', 'conditions', 'evaluate', 'judge', 'language_metrics', 'language_proassist', 'lanes', 'matching',
-              'metrics', 'perplexity', 'predictions', 'report', 'state_metrics', 'sweeps', 'thresholds', 'timeline', 'timing', 'tuning'}   # they only read traces
+AFTERWARDS = {'baselines', 'bootstrap', 'compare', 'conditions', 'evaluate', 'judge', 'language_metrics', 'language_proassist', 'lanes',
+              'matching', 'metrics', 'perplexity', 'predictions', 'report', 'state_metrics', 'sweeps', 'thresholds', 'timeline', 'timing',
+              'tuning'}                                                                                    # they decide nothing of a stream
 TRAINING = {'adapters', 'features', 'layers', 'learning', 'lora', 'loss', 'memory', 'probe', 'statistics', 'train', 'trainer', '_modidx'}
 
 def code_hash() -> str:
@@ -140,18 +141,19 @@ def stream_one(job:Job) -> Path:
 # %% ../nbs/12_split.ipynb #85f95e7c
 def failure(job:Job, e:Exception) -> RecordError:
     "Why the video of a job could not be streamed, with its file."
-    record, path, why = job.scene.record, getattr(job.scene, 'path', None), str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
+    record, path = job.scene.record, getattr(job.scene, 'path', None)
+    why = str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
     for known in (path, record.uid): why = why.removeprefix(f'{known}: ')
     return RecordError(path or record.dataset, f'{why} (streamed as {job.variant.name})', record.uid, kind='not streamed')
 
 def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> dict:
-    """Stream all `jobs`, in `workers` processes; → by the number of the job the path of its trace, or the `RecordError` that it ended with; and
-    as 'run' the `InputError` that ended all of them."""
+    """Stream all `jobs`, in `workers` processes; → by the number of the job the path of its trace, or the `RecordError` that it ended with;
+    and as 'run' the `InputError` that ended all of them."""
     done = {i: job.path for i, job in jobs.items() if is_done(job)}                # no process need start for these
     jobs = {i: job for i, job in jobs.items() if i not in done}
     for i, result in run_each(stream_one, jobs, workers, title, silent):
         try: done[i] = result()
-        except BrokenExecutor: done['run'] = InputError('a process was killed, perhaps for want of memory; run again with a smaller eval.workers'); break
+        except BrokenExecutor: done['run'] = InputError('a process was killed, perhaps for want of memory; give fewer eval.workers'); break
         except OSError as e: done['run'] = InputError(f'{e.filename or jobs[i].path}: {e.strerror or e}'); break
         except Exception as e: done[i] = failure(jobs[i], e)                       # only of this video
     return done
@@ -184,14 +186,15 @@ def whole(scenes, failed:Iterable[RecordError]) -> list:
 
 def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None, failed=()) -> Streamed:
     """Stream every scene in every variant, resuming what is there and trying again what failed. `thresholds` {speak, update} are by the
-    variant's name; `failed` are errors that are known beforehand. A video that fails in one variant is left out of all, so that all rows are of
-    the same."""
+    variant's name; `failed` are errors that are known beforehand. A video that fails in one variant is left out of all, so that all rows
+    are of the same."""
     ranks, scenes, failed = ranks or join_ranks(), list(scenes), {e.record: e for e in failed}
     able = {s.record.uid for s in whole(scenes, failed.values())}
     folders = {v.name: v.checkpoint or str(checkpoint) for v in variants}
     weights = {path: checkpoint_hash(path) for path in set(folders.values())}
     jobs = [Job(folders[v.name], weights[folders[v.name]], scene, v, thresholds[v.like or v.name], cfg,
-                Path(folder)/v.name/f'{safe_name(scene.record.uid)}.json') for v in variants for scene in suited(v, scenes, cfg) if scene.record.uid in able]
+                Path(folder)/v.name/f'{safe_name(scene.record.uid)}.json')
+            for v in variants for scene in suited(v, scenes, cfg) if scene.record.uid in able]
     mine = dict(list(enumerate(jobs))[ranks.process_index::ranks.num_processes])
     on_cpu = pick_device(cfg) == 'cpu'
     workers = cfg.eval.workers or (max(1, count_cores()//ranks.num_processes) if on_cpu else 1)
@@ -201,5 +204,6 @@ def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='
     for i in range(len(jobs)):
         if isinstance(done[i], RecordError): failed.setdefault(done[i].record, done[i])                # in the first of the variants
     left = {s.record.uid for s in whole(scenes, failed.values())}
-    makers = {v.name: [partial(read_trace, done[i]) for i, job in enumerate(jobs) if job.variant is v and job.scene.record.uid in left] for v in variants}
+    kept = [(job.variant, partial(read_trace, done[i])) for i, job in enumerate(jobs) if job.scene.record.uid in left]
+    makers = {v.name: [maker for variant, maker in kept if variant is v] for v in variants}
     return Streamed({name: Traces(tuple(some)) for name, some in makers.items()}, list(failed.values()))

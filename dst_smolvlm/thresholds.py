@@ -156,7 +156,8 @@ def f1_figure(rows: dict[str, Curve], within: float=.01) -> Figure:
     for (name, c), style in zip(rows.items(), _STYLES*len(rows)):
         labels.append((_short(name), ax.step(c.thresholds, c.f1, where='post', lw=1.3, **style)[0]))
         if best := best_threshold(c, within):
-            near = np.flatnonzero((c.thresholds <= best.high) & ((best.low < c.thresholds) | (c.thresholds == best.threshold)))  # 0 is not above 0
+            from_best = (best.low < c.thresholds) | (c.thresholds == best.threshold)                   # a best one of 0 is not above 0
+            near = np.flatnonzero((c.thresholds <= best.high) & from_best)
             ax.step([*c.thresholds[near], best.low], [*c.f1[near], c.f1[near[-1]]], where='post', lw=5, alpha=.35, color=style['color'])
     _legend(ax, labels, 'lower center')
     return fig

@@ -57,7 +57,7 @@ def test_both_processes_end_when_no_video_is_left(checkpoint, tmp_path):
             'eval.strategies=null']
     status = processes.run(tmp_path/'log', evaluate.main, argv, ranks=2, daemon=False, env=dict(ACCELERATE_USE_CPU='true'))
     logs = [(tmp_path/f'log{rank}').read_text() for rank in range(2)]
-    assert status == [2, 2] and all('all 1 validation videos failed' in log and 'choose another context_strategy' in log for log in logs), logs
+    assert status == [2, 2] and all('all 1 validation videos failed' in log and 'the context is full' in log for log in logs), logs
     assert not (tmp_path/'out'/'scores.json').exists()
 
 
