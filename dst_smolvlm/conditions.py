@@ -12,8 +12,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from .config import environment
+from .config import InputError, environment
 from .language_metrics import signatures
+from .language_proassist import proassist_signatures
 from .matching import WINDOWS, window_of
 from .model import checkpoint_hash
 from .split import CODE
@@ -25,10 +26,12 @@ def short_hash(parts) -> str: return hashlib.sha256('\n'.join(parts).encode()).h
 
 def hash_file(path) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
-def hash_scenes(scenes) -> dict[str, str]:
-    "Short hashes of what is annotated, and of the videos."
+def hash_scenes(scenes) -> dict[str, str|None]:
+    "Short hashes of what is annotated, and of the videos; predictions from elsewhere are scored without these, and then there is none."
     records = (json.dumps(s.record.model_dump(mode='json'), sort_keys=True) for s in scenes)
-    return dict(records=short_hash(records), videos=short_hash(s.identity() for s in scenes))
+    try: videos = short_hash(s.identity() for s in scenes)
+    except InputError: videos = None
+    return dict(records=short_hash(records), videos=videos)
 
 # %% ../nbs/13_conditions.ipynb #0a2dbca5
 def processor() -> str:
@@ -50,7 +53,7 @@ def describe_measures(cfg, records, language) -> dict:
     chosen = window and (WINDOWS[window] if window in list(WINDOWS) else tuple(window))
     weights = {k: w for k, w in (cfg.eval.weights or {}).items() if w}
     return dict(tolerance_s=cfg.eval.tolerance_s, window=f'{chosen} s' if window else own, encoder=language.name,
-                signatures=signatures(language.similarity), weights=weights, bootstrap_seed=0,
+                signatures=signatures(language.similarity) | proassist_signatures(), weights=weights, bootstrap_seed=0,
                 intervals=f'95 %, {cfg.eval.bootstrap} paired resamplings of the videos' if cfg.eval.bootstrap and videos > 1 else '')
 
 # %% ../nbs/13_conditions.ipynb #9d282223
@@ -65,8 +68,9 @@ def describe_stream(cfg, checkpoint, variants, thresholds:dict, tuned_f1:dict, s
                 context_strategy=OmegaConf.to_container(cfg.context_strategy),
                 told_truth=told_truth, thresholds=thresholds, thresholds_from=source, thresholds_f1_on_validation=tuned_f1) | plain
 
-def describe_run(cfg, test, validation, checkpoint, variants, language, ranks, argv, **tuning) -> dict:
-    "Everything that one needs to make the figures again; `tuning` are thresholds, tuned_f1 and source of `describe_stream`."
+def describe_run(cfg, test, validation, checkpoint, variants, language, ranks, argv, failed=(), **tuning) -> dict:
+    """Everything that one needs to make the figures again, of the scenes that were scored and those that thresholds were tuned on;
+    `failed`: names of videos that were to be scored; `tuning` are thresholds, tuned_f1 and source of `describe_stream`."""
     records = [s.record for s in test]
     launch = ['accelerate', 'launch', '--num_processes', str(ranks.num_processes)] if ranks.num_processes > 1 else ['python']
     seen = dict(test=hash_scenes(test), validation=hash_scenes(validation) if validation else None)
@@ -75,6 +79,7 @@ def describe_run(cfg, test, validation, checkpoint, variants, language, ranks, a
                   predictions={name: hash_file(path) for name, path in (cfg.eval.predictions or {}).items()})
     command = shlex.join([*launch, '-m', 'dst_smolvlm.evaluate', *map(str, argv or ())])
     made = dict(command=command, data=cfg.data.name, split=cfg.eval.split,
-                videos=len({r.video_uid for r in records}), dialogues=len(records), data_seed=cfg.data.get('seed'), hashes=hashes)
+                videos=len({r.video_uid for r in records}), videos_failed=len(set(failed)), dialogues=len(records),
+                data_seed=cfg.data.get('seed'), hashes=hashes)
     made |= describe_measures(cfg, records, language) | describe_stream(cfg, checkpoint, variants, **tuning)
     return made | describe_machine(cfg, ranks)

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['AFTERWARDS', 'TRAINING', 'CODE', 'code_hash', 'Job', 'strategy_of', 'reset_peak', 'peak_bytes', 'costs', 'load_once',
-           'is_done', 'stream_one', 'run_jobs', 'join_ranks', 'stream_scenes']
+           'is_done', 'stream_one', 'failure', 'run_jobs', 'join_ranks', 'Streamed', 'whole', 'stream_scenes']
 
 # %% ../nbs/12_split.ipynb #9caf4ff9
 import contextlib, hashlib, json, os, re, resource, sys
+from collections.abc import Iterable
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -19,6 +22,7 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 
 import dst_smolvlm
+from .annotation import RecordError
 from .budget import make_strategy
 from .config import InputError, environment, safe_name
 from .model import checkpoint_hash, load_pretrained
@@ -28,9 +32,10 @@ from .trace import Traces, read_trace, write_trace
 from .variants import Variant, controlled, suited
 
 # %% ../nbs/12_split.ipynb #b5bbdae1
-AFTERWARDS = {'baselines', 'bootstrap', 'compare', 'conditions', 'evaluate', 'judge', 'language_metrics', 'lanes', 'matching', 'metrics',
-              'predictions', 'report', 'state_metrics', 'thresholds', 'timeline', 'timing', 'tuning'}       # they only read traces
-TRAINING = {'adapters', 'features', 'layers', 'learning', 'lora', 'loss', 'memory', 'statistics', 'train', 'trainer', '_modidx'}
+AFTERWARDS = {'baselines', 'bootstrap', 'compare', 'conditions', 'evaluate', 'judge', 'language_metrics', 'language_proassist', 'lanes',
+              'matching', 'metrics', 'perplexity', 'predictions', 'report', 'state_metrics', 'sweeps', 'thresholds', 'timeline', 'timing',
+              'tuning'}                                                                                    # they decide nothing of a stream
+TRAINING = {'adapters', 'features', 'layers', 'learning', 'lora', 'loss', 'memory', 'probe', 'statistics', 'train', 'trainer', '_modidx'}
 
 def code_hash() -> str:
     "Short hash of the modules that may decide what a stream looks like, and of the versions of the libraries that compute."
@@ -52,6 +57,11 @@ class Job:
     cfg: DictConfig
     path: Path                 # of the trace
 
+    @property
+    def shown(self) -> str:
+        try: return self.scene.fingerprint()
+        except OSError as e: raise InputError(f'{e.filename}: not readable: {e.strerror}') from None
+
     @cached_property
     def fingerprint(self) -> str:
         eval_cfg = self.cfg.eval
@@ -61,7 +71,7 @@ class Job:
         others = [eval_cfg[key] for key in ('max_reply_tokens', 'refractory_s', 'clock', 'int8_vision', 'dtype')]
         variant = self.variant.name, self.variant.use_filter, self.variant.control
         parts = [self.weights, CODE, variant, self.thresholds, *options, *others,
-                 pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.scene.fingerprint()]
+                 pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.shown]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/12_split.ipynb #dc329c1a
@@ -110,7 +120,7 @@ def load_once(job:Job) -> tuple:
 def is_done(job:Job) -> bool:
     "Whether the trace of a job is there, and is this job's."
     try: return job.path.is_file() and read_trace(job.path).meta.get('fingerprint') == job.fingerprint
-    except InputError: return False                            # damaged: streamed again
+    except InputError: return False                            # damaged: streamed again; or no such video, as streaming it will say
 
 # %% ../nbs/12_split.ipynb #de9f238a
 def stream_one(job:Job) -> Path:
@@ -123,21 +133,29 @@ def stream_one(job:Job) -> Path:
     if not job.variant.use_filter: options['filter_options'] = None
     clock = job.cfg.eval.clock and HonestClock(record.fps, job.cfg.eval.clock)
     meta = dict(fingerprint=job.fingerprint, clock=job.cfg.eval.clock, checkpoint_hash=job.weights)
-    try: trace = stream_record(model, layout, record, frames, name=job.variant.name, meta=meta, clock=clock, **options)
-    except InputError as e: raise InputError(f'{record.uid}: {e}') from None
+    trace = stream_record(model, layout, record, frames, name=job.variant.name, meta=meta, clock=clock, **options)
     trace.meta.update(costs(model))
     write_trace(trace, job.path)
     return job.path
 
 # %% ../nbs/12_split.ipynb #85f95e7c
+def failure(job:Job, e:Exception) -> RecordError:
+    "Why the video of a job could not be streamed, with its file."
+    record, path = job.scene.record, getattr(job.scene, 'path', None)
+    why = str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
+    for known in (path, record.uid): why = why.removeprefix(f'{known}: ')
+    return RecordError(path or record.dataset, f'{why} (streamed as {job.variant.name})', record.uid, kind='not streamed')
+
 def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> dict:
-    "Stream all `jobs`, in `workers` processes; → by the number of the job the path of its trace, or the `InputError` that it ended with."
+    """Stream all `jobs`, in `workers` processes; → by the number of the job the path of its trace, or the `RecordError` that it ended with;
+    and as 'run' the `InputError` that ended all of them."""
     done = {i: job.path for i, job in jobs.items() if is_done(job)}                # no process need start for these
     jobs = {i: job for i, job in jobs.items() if i not in done}
     for i, result in run_each(stream_one, jobs, workers, title, silent):
         try: done[i] = result()
-        except InputError as e: done[i] = e
-        except Exception as e: done[i] = InputError(f'{jobs[i].scene.record.uid}: {type(e).__name__}: {e}')     # only of this video
+        except BrokenExecutor: done['run'] = InputError('a process was killed, perhaps for want of memory; give fewer eval.workers'); break
+        except OSError as e: done['run'] = InputError(f'{e.filename or jobs[i].path}: {e.strerror or e}'); break
+        except Exception as e: done[i] = failure(jobs[i], e)                       # only of this video
     return done
 
 # %% ../nbs/12_split.ipynb #085ac0c4
@@ -155,19 +173,37 @@ def join_ranks() -> PartialState:
     return state
 
 # %% ../nbs/12_split.ipynb #c2cfd999
-def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None) -> dict[str, Traces]:
-    """Stream every scene in every variant, resuming what is there; → traces by the variant's name. `thresholds` {speak, update} are by
-    the variant's name too. Raises `InputError` if any video failed."""
-    ranks, scenes = ranks or join_ranks(), list(scenes)
+class Streamed(NamedTuple):
+    "What became of a split."
+    traces: dict[str, Traces]      # by the variant's name, of the videos that are whole in all variants
+    failed: list[RecordError]      # one for each record that could not be streamed; its `record` is the `uid`
+
+def whole(scenes, failed:Iterable[RecordError]) -> list:
+    "The scenes of the videos of which nothing failed, in no dialogue."
+    bad = {e.record for e in failed}
+    videos = {s.record.video_uid for s in scenes if s.record.uid in bad}
+    return [s for s in scenes if s.record.video_uid not in videos]
+
+def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None, failed=()) -> Streamed:
+    """Stream every scene in every variant, resuming what is there and trying again what failed. `thresholds` {speak, update} are by the
+    variant's name; `failed` are errors that are known beforehand. A video that fails in one variant is left out of all, so that all rows
+    are of the same."""
+    ranks, scenes, failed = ranks or join_ranks(), list(scenes), {e.record: e for e in failed}
+    able = {s.record.uid for s in whole(scenes, failed.values())}
     folders = {v.name: v.checkpoint or str(checkpoint) for v in variants}
     weights = {path: checkpoint_hash(path) for path in set(folders.values())}
     jobs = [Job(folders[v.name], weights[folders[v.name]], scene, v, thresholds[v.like or v.name], cfg,
-                Path(folder)/v.name/f'{safe_name(scene.record.uid)}.json') for v in variants for scene in suited(v, scenes, cfg)]
+                Path(folder)/v.name/f'{safe_name(scene.record.uid)}.json')
+            for v in variants for scene in suited(v, scenes, cfg) if scene.record.uid in able]
     mine = dict(list(enumerate(jobs))[ranks.process_index::ranks.num_processes])
     on_cpu = pick_device(cfg) == 'cpu'
     workers = cfg.eval.workers or (max(1, count_cores()//ranks.num_processes) if on_cpu else 1)
     done = run_jobs(mine, workers, title, silent=not ranks.is_main_process)
     if ranks.num_processes > 1: done = dict(gather_object(list(done.items())))
-    failed = [done[i] for i in range(len(jobs)) if isinstance(done[i], InputError)]
-    if failed: raise InputError(f'{len(failed)} of {len(jobs)} streams failed, the others are kept in {folder}. The first: {failed[0]}')
-    return {v.name: Traces(tuple(partial(read_trace, done[i]) for i, job in enumerate(jobs) if job.variant is v)) for v in variants}
+    if 'run' in done: raise InputError(f"{done['run']}. What was streamed is kept in {folder}")
+    for i in range(len(jobs)):
+        if isinstance(done[i], RecordError): failed.setdefault(done[i].record, done[i])                # in the first of the variants
+    left = {s.record.uid for s in whole(scenes, failed.values())}
+    kept = [(job.variant, partial(read_trace, done[i])) for i, job in enumerate(jobs) if job.scene.record.uid in left]
+    makers = {v.name: [maker for variant, maker in kept if variant is v] for v in variants}
+    return Streamed({name: Traces(tuple(some)) for name, some in makers.items()}, list(failed.values()))

@@ -124,30 +124,42 @@ def _axes(xlabel: str, ylabel: str, height: float=3.) -> tuple[Figure, object]:
     ax.spines[['top', 'right']].set_visible(False)
     return fig, ax
 
+def _legend(ax, labels: list[tuple[str, object]], loc: str, title: str|None=None, most: int=7):
+    "Labels of lines, as they are: a `$` begins no formula, a `_` hides no row; of very many the first, of a long one its beginning."
+    if not labels: return
+    legend = ax.legend([line for _, line in labels[:most]], ['row']*len(labels[:most]), frameon=False, fontsize=8, loc=loc, title=title,
+                       title_fontsize=8)
+    more = f'\n… and {len(labels) - most} more' if len(labels) > most else ''
+    for k, (text, (label, _)) in enumerate(zip(legend.get_texts(), labels), 1):
+        text.set(text=label + more*(k == most), parse_math=False)
+
+def _short(name: str, most: int=40) -> str: return name if len(name) <= most else name[:most - 1] + '…'
+
 def pr_figure(rows: dict[str, Curve]) -> Figure:
     "Precision over recall for named rows, steps as in `pr_auc`; a dot marks the best F1."
-    fig, ax = _axes('recall', 'precision')
+    (fig, ax), labels = _axes('recall', 'precision'), []
     for (name, c), style in zip(rows.items(), _STYLES*len(rows)):
         area, best = pr_auc(c), best_threshold(c)
         more = np.flatnonzero(np.diff(c.tp, prepend=0) > 0)                # where there is more recall: the steps of the sum
-        ax.step([0, *c.recall[more]], [*c.precision[more[:1]], *c.precision[more]] if len(more) else [np.nan], where='pre', lw=1.5,
-                **style, label=f"{name} ({'–' if area is None else f'{area:.2f}'})")
+        steps = ([0, *c.recall[more]], [*c.precision[more[:1]], *c.precision[more]]) if len(more) else ([], [])
+        labels.append((f"{_short(name)} ({'–' if area is None else f'{area:.2f}'})", ax.step(*steps, where='pre', lw=1.5, **style)[0]))
         if best is None: continue
         k = int(np.flatnonzero(c.thresholds == best.threshold)[0])
         ax.plot(c.recall[k], c.precision[k], 'o', ms=6, color=style['color'])
-    if rows: ax.legend(frameon=False, fontsize=8, loc='lower left', title='average precision', title_fontsize=8)
+    _legend(ax, labels, 'lower left', 'average precision')
     return fig
 
 # %% ../nbs/12_thresholds.ipynb #dcc02a4f
 def f1_figure(rows: dict[str, Curve], within: float=.01) -> Figure:
     "F1 over the threshold for named rows; thick where it is `within` so much of the best."
-    fig, ax = _axes('threshold', 'F1', 2.6)
+    (fig, ax), labels = _axes('threshold', 'F1', 2.6), []
     for (name, c), style in zip(rows.items(), _STYLES*len(rows)):
-        ax.step(c.thresholds, c.f1, where='post', lw=1.3, **style, label=name)
+        labels.append((_short(name), ax.step(c.thresholds, c.f1, where='post', lw=1.3, **style)[0]))
         if best := best_threshold(c, within):
-            near = np.flatnonzero((best.low < c.thresholds) & (c.thresholds <= best.high))
+            from_best = (best.low < c.thresholds) | (c.thresholds == best.threshold)                   # a best one of 0 is not above 0
+            near = np.flatnonzero((c.thresholds <= best.high) & from_best)
             ax.step([*c.thresholds[near], best.low], [*c.f1[near], c.f1[near[-1]]], where='post', lw=5, alpha=.35, color=style['color'])
-    if rows: ax.legend(frameon=False, fontsize=8, loc='lower center')
+    _legend(ax, labels, 'lower center')
     return fig
 
 # %% ../nbs/12_thresholds.ipynb #a8d7f604
@@ -201,14 +213,15 @@ def score_calibration(counts: Counter, head: str, bins: int=15) -> dict[str, flo
 # %% ../nbs/12_thresholds.ipynb #c0dac48c
 def reliability_figure(rows: dict[str, Bins]) -> Figure:
     "What was said against what came of it, for named rows of bins; the diagonal is perfect, hollow dots have fewer than five frames."
-    fig, ax = _axes('probability', 'share of events', 3.4)
+    (fig, ax), labels = _axes('probability', 'share of events', 3.4), []
     ax.plot([0, 1], [0, 1], color='.7', lw=1)
     for (name, b), style in zip(rows.items(), _STYLES*len(rows)):
         n, p, y = (v[b.n > 0] for v in b)
-        ax.plot((p/n)[n >= 5], (y/n)[n >= 5], lw=1, **style, label=f"{name} ({'–' if b.ece is None else f'{b.ece:.3f}'})")
+        [line] = ax.plot((p/n)[n >= 5], (y/n)[n >= 5], lw=1, **style)
+        labels.append((f"{_short(name)} ({'–' if b.ece is None else f'{b.ece:.3f}'})", line))
         ax.scatter(p/n, y/n, s=12 + 14*np.log10(np.maximum(n, 1)), facecolors=[style['color'] if k >= 5 else 'white' for k in n],
                    edgecolors=style['color'], zorder=3)
-    if rows: ax.legend(frameon=False, fontsize=8, loc='upper left', title='ECE', title_fontsize=8)
+    _legend(ax, labels, 'upper left', 'ECE')
     return fig
 
 # %% ../nbs/12_thresholds.ipynb #c64c6c53
