@@ -24,7 +24,7 @@ from .baselines import BASELINES, baseline_trace
 from .bootstrap import resample
 from .compare import combined_score, compare_rows, make_row, tally_rows
 from .conditions import describe_run
-from .config import InputError, atomic_write, compose_config, parse_cli, run_cli, save_config
+from .config import InputError, atomic_write, check_output_dir, compose_config, parse_cli, run_cli, save_config
 from .dataset import VideoScene, load_scenes
 from .lanes import timeline_figure
 from .language_metrics import Idf, load_encoder, words
@@ -268,6 +268,7 @@ def warn_of(failed, meta):
 def evaluate(cfg, argv=()) -> dict|None:
     "Stream and score a checkpoint by a configuration; leaves traces, scores and the report in the output folder. → the scores (rank 0)."
     ranks, options, checkpoint = join_ranks(), check_scoring(cfg), find_checkpoint(cfg)
+    check_output_dir(cfg, RESULTS)
     variants = variants_of(cfg) if checkpoint else []
     check_names(cfg, variants)
     test, validation = load_splits(cfg)

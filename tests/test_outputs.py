@@ -136,7 +136,8 @@ def test_a_report_may_be_written_twice_among_the_annotations(here, labels):
 def run_of(*overrides): return ['data=records', 'data.source=replay', 'data.path=labels', 'output_dir=run', 'train.max_steps=1', *overrides]
 
 @pytest.mark.parametrize('overrides, words', [
-    (['model.checkpoint=run/checkpoint'], ['its checkpoint', 'model.checkpoint']), (['data.path=run/config.yaml'], ['its config.yaml', 'data.path']),
+    (['model.checkpoint=run/checkpoint'], ['its checkpoint', 'model.checkpoint']),
+    (['data.path=run/config.yaml'], ['its config.yaml', 'data.path']),
     (['output_dir=labels/run'], ['output_dir=labels/run', 'data.path=labels']), (['output_dir=labels'], ['data.path=labels'])])
 def test_a_training_may_not_write_where_it_reads(refused, labels, overrides, words): refused(train, run_of(*overrides), *words)
 
