@@ -57,7 +57,7 @@ def test_both_processes_end_when_no_video_is_left(checkpoint, tmp_path):
             'eval.strategies=null']
     status = processes.run(tmp_path/'log', evaluate.main, argv, ranks=2, daemon=False, env=dict(ACCELERATE_USE_CPU='true'))
     logs = [(tmp_path/f'log{rank}').read_text() for rank in range(2)]
-    assert status == [2, 2] and all('all 1 validation videos failed' in log and 'the context is full' in log for log in logs), logs
+    assert status == [2, 2] and all('all 3 test videos failed' in log and 'the context is full' in log for log in logs), logs
     assert not (tmp_path/'out'/'scores.json').exists()
 
 
@@ -186,7 +186,7 @@ def test_a_long_video_is_never_in_memory_as_a_whole(checkpoint, tmp_path, monkey
     scenes = [load_scenes(cfg.data, 'test')[0]]
     half = {v.name: dict(speak=.5, update=.5) for v in variants_of(cfg)}
     streamed = stream_scenes(checkpoint, scenes, variants_of(cfg), half, cfg, tmp_path/'traces')
-    assert {name: len(traces[0].frames) for name, traces in streamed.items()} == dict.fromkeys(half, scenes[0].record.num_frames())
+    assert {name: len(traces[0].frames) for name, traces in streamed.traces.items()} == dict.fromkeys(half, scenes[0].record.num_frames())
 
 
 @pytest.mark.parametrize('override', ['eval.tolerance_s=inf', 'eval.window=[-1.5,inf]', 'eval.bootstrap=.5', 'eval.weights=speaking_f1',

@@ -86,7 +86,7 @@ def test_no_field_of_the_truth_is_left():
     seen = observed(record)
     assert 'CANARY' not in seen.model_dump_json() and all(s.spans == [] for s in seen.steps) and {t.role for t in seen.turns} <= {'user'}
     assert set(type(record).model_fields) == {'video_uid', 'dataset', 'dialogue', 'fps', 'duration', 'goal', 'knowledge', 'steps', 'turns',
-                                              'video'}
+                                              'video', 'view'}
     assert set(type(record.steps[0]).model_fields) == {'id', 'name', 'spans'}
 
 
