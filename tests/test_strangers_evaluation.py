@@ -174,7 +174,8 @@ def test_any_form_of_a_file_is_the_same_file(tmp_path):
 
 @pytest.mark.parametrize('content, why', [
     (b'[{"video_uid": "a"', 'not JSON'), (gzip.compress(b'[]'*50)[:-9], 'a damaged gzip file'), (b'PK\x03\x04\xff\xfe\xff', 'zip archive'),
-    (b'[]', 'the file is empty'), (b'', 'the file is empty'), (b'[1, 2]', 'entry 1: not an object')])
+    (b'[]', 'the file is empty'), (b'', 'the file is empty'), (b'[1, 2]', 'entry 1: not an object')],
+    ids=['cut off', 'cut gzip', 'zip', 'empty array', 'empty', 'numbers'])
 def test_what_is_no_such_file_is_refused_before_anything_is_written(tmp_path, content, why):
     (tmp_path/'x.json').write_bytes(content)
     with pytest.raises(InputError, match=why):
