@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,6 +68,9 @@ def _explain(override: str, error: Exception, default: DictConfig) -> str:
     if group.is_dir():
         choices = sorted(p.stem for p in group.glob('*.yaml'))
         if value not in choices: return f"{override}: group '{key}' has no choice '{value}'; the choices are {', '.join(choices)}"
+    try: OverridesParser.create().parse_override(override)
+    except HydraException:
+        if '=' in override: return f"""{override}: some of its characters mean something else; quote the value twice: "{key}='{value}'\""""
     known = _known_keys(default)
     if not key or '=' not in override: return f"{override}: not an override; write key=value, for example train.seed=1"
     if key not in known:
@@ -151,10 +155,15 @@ def check_outputs(
         for other, its in read + written:
             if _same_file(path, its): raise InputError(f'{name} {path}: the same file as {other} {its}; name another one')
         for other, its in read:
-            if within and path.is_file() and its.is_dir() and its.resolve() in path.resolve().parents:
+            if _lies_in(its, path): raise InputError(f'{name} {path}: holds {other} {its}, which is read; choose another folder')
+            if within and path.is_file() and its.is_dir() and _lies_in(path, its):
                 raise InputError(f'{name} {path}: there already, in {other} {its}, which is read; '
                                  'name a file elsewhere, or remove it first')
         written.append((name, path))
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    try: return folder.resolve() in path.resolve().parents
+    except (OSError, ValueError): return False
 
 def _same_file(a: Path, b: Path) -> bool:
     "Also under another name: by a link, or on a disk that does not tell upper from lower case."

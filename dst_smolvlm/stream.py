@@ -237,8 +237,10 @@ def name_of_video(video) -> str:
     return f'{address.hostname}{address.path}'.strip('/').replace('/', '_') if address else Path(video).stem
 
 # %% ../nbs/11_stream.ipynb #8ff53ca7
-LIVE = 'webcam', '/dev/video', 'v4l2:', 'avfoundation:', 'dshow:', 'rtsp:', 'rtsps:', 'rtmp:', 'rtp:', 'udp:', 'srt:'
-def is_live(source) -> bool: return str(source).startswith(LIVE)
+LIVE = '/dev/video', 'v4l2:', 'avfoundation:', 'dshow:', 'rtsp:', 'rtsps:', 'rtmp:', 'rtp:', 'udp:', 'srt:'
+def is_live(source) -> bool:
+    "A camera, or an address that has no end; a file of any name is neither."
+    return not Path(source).is_file() and (str(source).startswith(LIVE) or str(source).partition(':')[0] == 'webcam')
 
 def record_of(task:dict, video, fps:float) -> VideoRecord:
     "A steps file as the record of a video of which nothing else is known."
@@ -262,11 +264,15 @@ def screen_for(show:bool, out, record:VideoRecord):
     with (open_window(f'dst_smolvlm: {record.goal}') or VideoWriter(f'{out}.mp4', record.fps)) as output:
         yield Screen([s.name for s in record.steps], record.fps, record.goal), output
 
-def check_names(video, steps_file, checkpoint, out, show:bool=False):
+def check_names(video, steps_file, checkpoint, out, show:bool=False, truth=None):
     "Raises `InputError` unless a stream may write `out` and what lies beside it, where nothing is that is read."
     outputs = {'--out': out, 'its picture': f'{out}.png', 'its beginning': f'{out}.part'}
     if show: outputs['its recording'] = f'{out}.mp4'
-    check_outputs(outputs, {'VIDEO': video, '--steps': steps_file, '--checkpoint': checkpoint})
+    read = [str(video).removeprefix('file://')]
+    if Path(video).suffix.lower() in ('.m3u8', '.m3u') and Path(video).is_file():
+        lines = Path(video).read_text(errors='replace').split('\n')
+        read += [Path(video).parent/line.strip() for line in lines if line.strip() and not line.startswith('#')]
+    check_outputs(outputs, {'VIDEO': read, '--steps': steps_file, '--checkpoint': checkpoint, 'context_strategy.dst_file': truth})
     if Path(video).is_dir() and Path(video).resolve() in Path(out).resolve().parents:         # its picture would be one of them
         raise InputError(f'--out {out}: lies in the folder of images that is streamed; name a file elsewhere')
 
@@ -274,7 +280,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg, show:bool=False) -> Tra
     """Stream a video (a file, a folder of images at `cfg.eval.source_fps`, an address, a camera) at `cfg.eval.fps`; the trace grows in
     `out` + '.part'. Frames are decoded while the model works, and few are held, however long the video is. A live stream ends with Ctrl-C,
     or when its window is closed."""
-    check_names(video, steps_file, checkpoint, out, show)
+    check_names(video, steps_file, checkpoint, out, show, cfg.context_strategy.get('dst_file'))
     task, fps, source = read_steps(steps_file), cfg.eval.fps, source_address(video)
     live = is_live(source)
     decoded = prefetch(iter_frames(source, fps, cfg.eval.source_fps, damaged='skip'))
@@ -317,7 +323,7 @@ def main(argv=None):
             i = argv.index(f'--{name}')
             if i + 1 >= len(argv): raise InputError(f'--{name}: its value is missing')
             options[name] = argv[i+1]; argv = argv[:i] + argv[i+2:]
-    videos = [a for a in argv if '://' in a or '=' not in a and not a.startswith('-')]
+    videos = [a for a in argv if '://' in a or Path(a).is_file() or '=' not in a and not a.startswith('-')]
     cfg = parse_cli([a for a in argv if a not in videos], USAGE)
     videos += [options.pop('source')] if 'source' in options else []
     missing = [f'--{n}' for n in ('steps', 'checkpoint', 'out') if n not in options] + ['VIDEO']*(len(videos) != 1)

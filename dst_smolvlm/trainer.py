@@ -220,6 +220,8 @@ class DSTTrainer(AdapterTraining, Trainer):
         sums, counts = acc.reduce(sums, 'sum'), acc.reduce(counts, 'sum')
         failed = self.of_all_ranks(failed)
         self.report_failed(failed, self.failed.validation, 'this validation video is left out')
+        if failed and not counts.any() and self.is_world_process_zero():
+            print('no validation video is left; the training goes on without figures of them', flush=True)
         least = 0 if failed and not counts.any() else 1                   # 0/0: no video is left
         means = dict(zip(PARTS, (sums/counts[:len(PARTS)].clamp_min(least)).tolist()))
         metrics = {f'{metric_key_prefix}_loss': sum(getattr(self.args, f'w_{k}')*v for k, v in means.items())}

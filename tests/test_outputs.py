@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest
 
+import processes
 from dst_smolvlm import cache, evaluate, features, records, stream, train
 from dst_smolvlm.model import build_tiny, save_model
 from dst_smolvlm.trace import read_trace
@@ -159,3 +160,46 @@ def test_an_evaluation_may_not_replace_the_predictions_it_scores(refused, name):
     path.write_text('{"video_uid": "toy-test-2-00000", "time": 1, "text": "Hello."}\n')
     few = 'data.test_videos=1', 'data.validation_videos=0'
     refused(evaluate, ['output_dir=run', f'eval.predictions.theirs={path}', *few], f'its {name}', 'eval.predictions.theirs')
+
+
+def test_a_training_leaves_a_folder_that_is_called_as_its_own(here, capsys):
+    "It is renamed, whatever is in it."
+    for name in ('trainer', 'checkpoint'):
+        os.mkdir(name)
+        Path(name, 'mine.py').write_text('mine')
+    Path('training_log.json').write_text('mine')
+    train.main([*processes.SMALL, 'output_dir=.', 'data.train_videos=2', '++train.max_steps=1', '++train.use_cpu=true'])
+    kept = 'trainer-before-1/mine.py', 'checkpoint-before-1/mine.py', 'training_log.json-before-1'
+    assert [Path(name).read_text() for name in kept] == ['mine']*3
+    assert 'trainer is of no training here; it is trainer-before-1 now' in capsys.readouterr().out
+
+
+def test_what_a_training_reads_may_not_lie_where_it_writes(refused, here):
+    os.mkdir('trainer')
+    os.rename('kitchen.mp4', 'trainer/kitchen.mp4')
+    steps = [dict(id='S1', name='boil', spans=[[0, 1]])]
+    record = dict(video_uid='a', dataset='kitchen', duration=3., video='trainer/kitchen.mp4', steps=steps)
+    Path('r.jsonl').write_text(json.dumps(record) + '\n')
+    small = [o for o in processes.SMALL if not o.startswith('data')]
+    common = [*small, 'data=records', 'output_dir=.', '++train.max_steps=1', '++train.use_cpu=true', '++train.eval_strategy=no']
+    refused(train, [*common, 'data.path=r.jsonl'], 'its trainer holds the video', 'trainer/kitchen.mp4')
+    os.rename('r.jsonl', 'trainer/r.jsonl')
+    refused(train, [*common, 'data.path=trainer/r.jsonl'], 'its trainer', 'holds data.path')
+
+
+def test_a_stream_knows_its_video_by_an_address_too(refused, here, checkpoint):
+    argv = ['--steps', 'steps.json', '--checkpoint', checkpoint, '--out']
+    refused(stream, [f'file://{here}/kitchen.mp4', *argv, 'kitchen.mp4'], 'VIDEO')
+    Path('list.m3u8').write_text('#EXTM3U\n#EXTINF:3.0,\nkitchen.mp4\n#EXT-X-ENDLIST\n')
+    refused(stream, ['list.m3u8', *argv, 'kitchen.mp4'], 'VIDEO')
+    Path('truth.json').write_text('[]')
+    oracle = 'context_strategy=summarize_with_dst', 'context_strategy.dst_file=truth.json'
+    refused(stream, ['kitchen.mp4', *argv, 'truth.json', *oracle], 'dst_file')
+
+
+def test_a_file_is_no_camera(here, checkpoint):
+    "Whatever its name: none of its frames is dropped."
+    for name in ('webcam_kitchen.mp4', 'take=1.mp4'):
+        shutil.copyfile('kitchen.mp4', name)
+        trace = streamed(checkpoint, 'trace.json', video=name)
+        assert trace.meta['clock'] is None and [f.skipped for f in trace.frames] == [None]*6
