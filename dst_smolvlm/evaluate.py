@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DONE', 'RESULTS', 'USAGE', 'check_numbers', 'chosen_window', 'check_scoring', 'check_names', 'make_language',
-           'wordless_references', 'Entry', 'entries_of', 'score_entries', 'videos_of', 'draws_of', 'compare_entries',
-           'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'load_splits', 'probe_scenes', 'those_of',
-           'refuse_if_none', 'stream_rows', 'in_words', 'warn_of', 'evaluate', 'main']
+           'wordless_references', 'Entry', 'entries_of', 'missing_rows', 'score_entries', 'videos_of', 'draws_of',
+           'compare_entries', 'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'load_splits',
+           'probe_scenes', 'those_of', 'refuse_if_none', 'stream_rows', 'in_words', 'warn_of', 'evaluate', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #52cd064b
 import json, math, sys, tempfile
@@ -34,7 +34,7 @@ from .perplexity import add_perplexities
 from .pool import count_cores
 from .predictions import read_predictions
 from .probe import list_errors, probe_videos
-from .report import failed_in_words, format_rows, leaderboard_markdown, report_html, videos_in_words
+from .report import failed_in_words, format_rows, leaderboard_markdown, missing_in_words, report_html, videos_in_words
 from .split import Streamed, join_ranks, stream_scenes, whole
 from .stream import given_thresholds
 from .sweeps import threshold_figures, threshold_notes
@@ -111,20 +111,24 @@ class Entry(NamedTuple):
     traces: Traces
     records: list
 
-def entries_of(streamed:dict[str, Traces], elsewhere:dict[str, Traces], variants, scenes, cfg, failed=()) -> dict[str, Entry]:
+def entries_of(streamed:Streamed, elsewhere:dict[str, Traces], variants, scenes, cfg) -> dict[str, Entry]:
     """What is to be scored, by name: what was streamed by `variants`, predicted elsewhere, and reached without a model; of the `scenes`
-    all but the videos that `failed`."""
-    records, found = [s.record for s in whole(scenes, failed)], {}
-    left = {r.uid for r in records}
+    all but the videos that failed."""
+    records, found = [s.record for s in whole(scenes, streamed.failed)], {}
     for v in variants:
-        some = [s.record for s in suited(v, scenes, cfg) if s.record.uid in left]
+        some = streamed.records[v.name]
         fewer = f', {len(some)} of the videos' if len(some) < len(records) else ''
-        if some: found[v.name] = Entry('control' if v.control else 'streamed', v.what + fewer, streamed[v.name], some)
+        if some: found[v.name] = Entry('control' if v.control else 'streamed', v.what + fewer, streamed.traces[v.name], some)
     for name, traces in elsewhere.items():
         found[name] = Entry('elsewhere', f'predictions in {Path(cfg.eval.predictions[name]).name}', traces, records)
     for name, what in BASELINES.items():
         found[name] = Entry('baseline', what, Traces(tuple(partial(baseline_trace, name, r) for r in records)), records)
     return found
+
+def missing_rows(entries:dict[str, Entry], variants, scenes, cfg) -> dict[str, str]:
+    "Why a control is no row: by its name, of the `scenes` that are left."
+    none = lambda v: 'the videos that it was to be streamed on failed' if suited(v, scenes, cfg) else 'no video has two names to permute'
+    return {v.name: none(v) for v in variants if v.name not in entries}
 
 # %% ../nbs/13_evaluate.ipynb #a12ac5d0
 DONE = ('speaking_tp', 'speaking_fp', 'state_moves', 'update_tp', 'update_fp')       # counts of what a system said or believed
@@ -251,6 +255,7 @@ def in_words(rows, problems, meta, out) -> str:
     left_out, wordless = [p for p in problems if not p.warning], [p for p in problems if p.warning]
     lines = [format_rows(rows.values())]
     if left_out: lines.append(f'Left out of predictions: {len(left_out)}, the first: {left_out[0]}')
+    if meta.get('rows_missing'): lines.append(missing_in_words(meta))
     if wordless: lines.append(f'Replies of the reference without words: {len(wordless)}, the first: {wordless[0]}')
     lines.append(f"{videos_in_words(meta)}; thresholds: {meta['thresholds_from']}. "
                  f"{out/'report.html'} has intervals, comparisons and timelines")
@@ -275,14 +280,14 @@ def evaluate(cfg, argv=()) -> dict|None:
     read = {name: read_predictions(path, [s.record for s in test], name) for name, path in (cfg.eval.predictions or {}).items()}
     language = make_language(cfg, [s.record for s in test])
     make_folder(cfg.output_dir)
-    streamed, tuning = Streamed({}, []), Tuning({}, {}, 'none are used', [])
+    streamed, tuning = Streamed({}, [], {}), Tuning({}, {}, 'none are used', [])
     if checkpoint: streamed, tuning = stream_rows(cfg, checkpoint, variants, test, validation, ranks)
     if not ranks.is_main_process: return None
     scenes, split = whole(test, streamed.failed), cfg.eval.split
     records = [s.record for s in scenes]
     left = [s.record.uid in {r.uid for r in records} for s in test]
     elsewhere = {name: Traces(tuple(compress(traces.makers, left))) for name, (traces, _) in read.items()}
-    entries = entries_of(streamed.traces, elsewhere, variants, test, cfg, streamed.failed)
+    entries = entries_of(streamed, elsewhere, variants, test, cfg)
     rows, tallies = score_entries(entries, cfg, language=language, **options)
     if checkpoint and cfg.eval.perplexity:
         add_perplexities(rows, dict(model=checkpoint) | {v.name: v.checkpoint for v in variants if v.checkpoint}, scenes, cfg)
@@ -291,6 +296,7 @@ def evaluate(cfg, argv=()) -> dict|None:
     lost = {s.record.video_uid for s, there in zip(test, left) if not there}
     meta = describe_run(cfg, scenes, whole(validation, tuning.failed), checkpoint, variants, language, ranks, argv, lost,
                         thresholds=tuning.thresholds, tuned_f1=tuning.f1, source=tuning.source)
+    meta['rows_missing'] = missing_rows(entries, variants, scenes, cfg)
     out, told = Path(cfg.output_dir), (rows, tallies, compare_entries(rows, tallies, cfg), problems, failed)
     write_scores(out, *told, meta)
     save_config(cfg, out/'evaluation')

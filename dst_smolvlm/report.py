@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'SUMMARY', 'TABLES', 'MARK', 'EXACT', 'FEW', 'STYLE', 'TIMES', 'READ_DIFFERENCES', 'READ_FIRST',
            'READ_CONTROLS', 'PAGE', 'format_value', 'number', 'format_rows', 'span_of', 'with_interval',
-           'videos_in_words', 'leaderboard_markdown', 'failed_in_words', 'how_read', 'png_uri', 'table_html',
-           'row_name', 'wide_table', 'comparisons_html', 'undefined_html', 'timing_html', 'made_html', 'figure_html',
-           'list_html', 'report_html']
+           'videos_in_words', 'leaderboard_markdown', 'failed_in_words', 'missing_in_words', 'how_read', 'png_uri',
+           'table_html', 'row_name', 'wide_table', 'comparisons_html', 'undefined_html', 'timing_html', 'made_html',
+           'figure_html', 'list_html', 'report_html']
 
 # %% ../nbs/12_report.ipynb #e2fbb71b
 import base64, html, io, json
@@ -112,6 +112,10 @@ def failed_in_words(meta) -> str:
     verb = 'is' if n == 1 else 'are'
     return f"{number(n, meta['split'] + ' video')} failed and {verb} in no row; those that fail are seldom the easy ones:"
 
+def missing_in_words(meta) -> str:
+    "Which rows are not there that one would look for, and why."
+    return ' '.join(f'There is no row {name}: {why}.' for name, why in meta.get('rows_missing', {}).items())
+
 def how_read(meta, rows) -> str:
     "In words: what the score is made of, what the intervals are, and where the thresholds come from."
     weights = ', '.join(f'{w:g} × {SUMMARY.get(k, k)}' for k, w in meta['weights'].items())
@@ -120,7 +124,8 @@ def how_read(meta, rows) -> str:
     intervals = f"Intervals: {meta['intervals']}." if meta.get('intervals') else ''
     exact = f' {EXACT}' if any(r.get('bounds') for r in rows) else ''
     return (f"{score} A decision is right within ±{meta['tolerance_s']:g} s of its event. {intervals} "
-            f"Thresholds: {meta['thresholds_from']}." + (FEW if intervals and meta['videos'] < 20 else '') + exact)
+            f"Thresholds: {meta['thresholds_from']}." + (FEW if intervals and meta['videos'] < 20 else '') + exact
+            + f' {missing_in_words(meta)}'.rstrip())
 
 FEW = ' With fewer than twenty videos intervals are too narrow: read them as the least that is uncertain.'
 

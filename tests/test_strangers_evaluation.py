@@ -316,6 +316,20 @@ def test_a_video_that_fails_is_named_and_the_others_are_scored(kitchen, tmp_path
     assert not any(uid in str(p) for uid in bad for p in (out/'traces').rglob('*.json'))
 
 
+@pytest.mark.parametrize('probe', [True, False])
+def test_controls_are_of_the_videos_that_are_left(kitchen, tmp_path, capfd, probe):
+    "The first two are missing. Known beforehand, the controls are the next ones; found too late, it is said that there are none."
+    options, uids = film(kitchen, tmp_path/'films', train_0=gone, train_1=gone)
+    evaluate.main([*options, *GIVEN, f'eval.probe={probe}', 'eval.controls=2'])
+    out, said = tmp_path/'films'/'out', capfd.readouterr().out
+    rows = {r['name']: r for r in scores(out)['rows']}
+    texts = [said, *((out/name).read_text() for name in ('leaderboard.md', 'report.html'))]
+    for name in ('control_grey', 'control_permuted'):
+        missing = f'There is no row {name}: the videos that it was to be streamed on failed.'
+        assert (name in rows) == probe and all((missing in text) != probe for text in texts)
+        if probe: assert [v['video_uid'] for v in json.loads((out/'per_video.json').read_text())[name]] == uids['train'][2:4]
+
+
 def test_the_next_run_tries_again(kitchen, tmp_path):
     "The file is back: it is streamed, and what was streamed before is not."
     keep = []
