@@ -90,6 +90,20 @@ def test_timelines_of_odd_traces_can_be_drawn(seed):
     for truth in (None, record): draw(timeline_figure, trace, truth)
 
 
+def test_control_characters_are_drawn_as_spaces():
+    "In names of rows and steps, in the goal and in what is said: no warning of any glyph."
+    odd, curve = 'a\x14b\x1bc', pr_curve([np.array([.2, .9])], [[1]], 1)
+    record = VideoRecord(video_uid='v', dataset='d', duration=4., steps=[Step(id='S1', name=odd, spans=[(0., 1.)])], goal=odd,
+                         turns=[Turn(role='assistant', time=1., content=odd)])
+    trace = trace_from_states(record, np.zeros((record.num_frames(), 1), int), {2: odd}, model=odd)
+    figures = [timeline_figure(trace, record), pr_figure({odd: curve}), f1_figure({odd: curve})]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for figure in figures: png_uri(figure, dpi=30)
+    assert '1. a b c' in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert figures[1].axes[0].get_legend().get_texts()[0].get_text().startswith('a b c')
+
+
 def test_a_picture_that_cannot_be_drawn_costs_no_score(tmp_path, monkeypatch):
     "When the first picture is drawn all scores are written, and it is a line of the page, with what failed and why."
     records = records_of()
