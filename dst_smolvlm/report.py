@@ -86,7 +86,7 @@ EXACT = (f'{MARK} All videos are alike in this, so that drawing them again shows
 def span_of(row, column) -> str:
     "The interval of a score as 'low, high', marked where it is the exact one; empty where there is none, or one without width."
     low, high = row.get('bounds', {}).get(column) or row.get('intervals', {}).get(column) or (0, 0)
-    return f'{low:.3f}, {high:.3f}' + MARK*(column in row.get('bounds', {})) if high - low > 1e-6 else ''
+    return f'{low:.3f}, {high:.3f}' + MARK*(column in row.get('bounds', {})) if high - low >= 1e-9 else ''
 
 def with_interval(row, column) -> str:
     "A score, and where it has one its interval."
