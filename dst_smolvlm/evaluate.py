@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DONE', 'RESULTS', 'USAGE', 'check_numbers', 'chosen_window', 'check_scoring', 'check_names', 'make_language',
-           'wordless_references', 'Entry', 'entries_of', 'score_entries', 'videos_of', 'draws_of', 'compare_entries',
-           'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'load_splits', 'probe_scenes', 'those_of',
-           'refuse_if_none', 'stream_rows', 'in_words', 'warn_of', 'evaluate', 'main']
+           'wordless_references', 'Entry', 'entries_of', 'missing_rows', 'score_entries', 'videos_of', 'draws_of',
+           'compare_entries', 'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'load_splits',
+           'probe_scenes', 'those_of', 'refuse_if_none', 'keep_thresholds', 'stream_rows', 'in_words', 'warn_of',
+           'evaluate', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #52cd064b
 import json, math, sys, tempfile
@@ -28,19 +29,20 @@ from .config import InputError, atomic_write, check_output_dir, compose_config, 
 from .dataset import VideoScene, load_scenes
 from .lanes import timeline_figure
 from .language_metrics import Idf, load_encoder, words
+from .language_proassist import ptb_tokens
 from .matching import WINDOWS
 from .metrics import Language, score_counts
 from .perplexity import add_perplexities
 from .pool import count_cores
 from .predictions import read_predictions
 from .probe import list_errors, probe_videos
-from .report import failed_in_words, format_rows, leaderboard_markdown, report_html, videos_in_words
+from .report import failed_by_split, format_rows, leaderboard_markdown, missing_in_words, report_html, videos_in_words
 from .split import Streamed, join_ranks, stream_scenes, whole
 from .stream import given_thresholds
 from .sweeps import threshold_figures, threshold_notes
 from .trace import Traces, reference_speech
 from .tuning import Tuning, tune_variants
-from .variants import CONTROLS, HEAD_ONLY, MODEL, suited, variants_of
+from .variants import CONTROLS, HEAD_ONLY, MODEL, check_texts, suited, variants_of
 
 # %% ../nbs/13_evaluate.ipynb #3228a6cf
 def check_numbers(given:DictConfig, preset:DictConfig, prefix:str='eval.'):
@@ -72,6 +74,7 @@ def check_scoring(cfg) -> dict:
     check_numbers(cfg.eval, compose_config().eval)
     for key, most in dict(tolerance_s=3600, bootstrap=100_000).items():
         if cfg.eval[key] > most: raise InputError(f'eval.{key}={cfg.eval[key]}: must be at most {most:,}')
+    if 0 < cfg.eval.bootstrap < 20: raise InputError(f'eval.bootstrap={cfg.eval.bootstrap}: must be at least 20, or 0 for no intervals')
     for key, choices in dict(clock=(None, 'wait', 'drop'), dtype=('float32', 'bfloat16', 'float16')).items():
         if cfg.eval[key] not in choices: raise InputError(f"eval.{key}={cfg.eval[key]}: choose {', '.join(map(str, choices))}")
     if not cfg.eval.max_reply_tokens >= 1: raise InputError(f'eval.max_reply_tokens={cfg.eval.max_reply_tokens}: must be at least 1')
@@ -83,6 +86,7 @@ def check_scoring(cfg) -> dict:
 
 def check_names(cfg, variants):
     "Raises `InputError` unless every row has a name of its own."
+    check_texts(cfg)
     for key, names in dict(predictions=cfg.eval.predictions, strategies=cfg.eval.strategies, checkpoints=cfg.eval.checkpoints).items():
         taken = [*BASELINES, *((v.name for v in (MODEL, HEAD_ONLY, *CONTROLS, *variants)) if key == 'predictions' else ())]
         for name in names or {}:
@@ -100,7 +104,8 @@ def make_language(cfg, records) -> Language:
 def wordless_references(cfg, records) -> list[RecordError]:
     "Replies of the reference that have no words: they are matched, and get no scores of words."
     where, why = cfg.data.get('path') or cfg.data.name, 'a reply of the reference without words; it gets no scores of words'
-    return [RecordError(where, why, r.uid, f'turn at {f/r.fps:g} s', text, warning=True)
+    but = lambda text: ' but ProAssist’s, which count its signs' if ptb_tokens(text) else ''
+    return [RecordError(where, why + but(text), r.uid, f'turn at {f/r.fps:g} s', text, warning=True)
             for r in records for f, text in reference_speech(r).items() if not words(text)]
 
 # %% ../nbs/13_evaluate.ipynb #35b0f020
@@ -111,20 +116,24 @@ class Entry(NamedTuple):
     traces: Traces
     records: list
 
-def entries_of(streamed:dict[str, Traces], elsewhere:dict[str, Traces], variants, scenes, cfg, failed=()) -> dict[str, Entry]:
+def entries_of(streamed:Streamed, elsewhere:dict[str, Traces], variants, scenes, cfg) -> dict[str, Entry]:
     """What is to be scored, by name: what was streamed by `variants`, predicted elsewhere, and reached without a model; of the `scenes`
-    all but the videos that `failed`."""
-    records, found = [s.record for s in whole(scenes, failed)], {}
-    left = {r.uid for r in records}
+    all but the videos that failed."""
+    records, found = [s.record for s in whole(scenes, streamed.failed)], {}
     for v in variants:
-        some = [s.record for s in suited(v, scenes, cfg) if s.record.uid in left]
+        some = streamed.records[v.name]
         fewer = f', {len(some)} of the videos' if len(some) < len(records) else ''
-        if some: found[v.name] = Entry('control' if v.control else 'streamed', v.what + fewer, streamed[v.name], some)
+        if some: found[v.name] = Entry('control' if v.control else 'streamed', v.what + fewer, streamed.traces[v.name], some)
     for name, traces in elsewhere.items():
         found[name] = Entry('elsewhere', f'predictions in {Path(cfg.eval.predictions[name]).name}', traces, records)
     for name, what in BASELINES.items():
         found[name] = Entry('baseline', what, Traces(tuple(partial(baseline_trace, name, r) for r in records)), records)
     return found
+
+def missing_rows(entries:dict[str, Entry], variants, scenes, cfg) -> dict[str, str]:
+    "Why a control is no row: by its name, of the `scenes` that are left."
+    none = lambda v: 'the videos that it was to be streamed on failed' if suited(v, scenes, cfg) else 'no video has two names to permute'
+    return {v.name: none(v) for v in variants if v.name not in entries}
 
 # %% ../nbs/13_evaluate.ipynb #a12ac5d0
 DONE = ('speaking_tp', 'speaking_fp', 'state_moves', 'update_tp', 'update_fp')       # counts of what a system said or believed
@@ -169,7 +178,7 @@ def write_scores(out:Path, rows:dict, tallies:dict, comparisons:list, problems:l
     scores = dict(rows=list(rows.values()), comparisons=comparisons, problems=[p.to_dict() for p in problems],
                   failed=[dict(split=split) | e.to_dict() for split, e in failed], meta=meta)
     texts = {'scores.json': json.dumps(scores, indent=1, allow_nan=False), 'per_video.json': json.dumps(per_video, allow_nan=False),
-             'leaderboard.md': leaderboard_markdown(rows.values(), meta, [e for split, e in failed if split == meta['split']])}
+             'leaderboard.md': leaderboard_markdown(rows.values(), meta, failed)}
     for name, text in texts.items():
         with atomic_write(out/name) as f: f.write(text)
 
@@ -183,8 +192,7 @@ def write_page(out:Path, rows:dict, tallies:dict, comparisons:list, problems:lis
     draw = lambda i: timeline_figure(model[i], records[i])
     timelines = [(records[i].uid, partial(draw, i), '') for i in range(min(len(model), int(cfg.eval.pictures)))]
     figures = threshold_figures(with_probs, cfg.eval.tolerance_s)
-    some = [e for split, e in failed if split == meta['split']]
-    page = report_html(list(rows.values()), meta, comparisons, figures, timelines, problems, notes, some)
+    page = report_html(list(rows.values()), meta, comparisons, figures, timelines, problems, notes, failed)
     with atomic_write(out/'report.html') as f: f.write(page)
 
 # %% ../nbs/13_evaluate.ipynb #b971d711
@@ -229,6 +237,15 @@ def refuse_if_none(scenes, failed, split:str):
     if not whole(scenes, failed): raise InputError(f'all {len(scenes)} {split} videos failed. The first: {failed[0]}')
 
 # %% ../nbs/13_evaluate.ipynb #a21e40e6
+def keep_thresholds(checkpoint, tuning:Tuning):
+    "Leave the model's thresholds with the `checkpoint`; a head that had no event to tune by keeps the one that is there."
+    path, tuned = Path(checkpoint)/'thresholds.json', [head for head, f1 in tuning.f1['model'].items() if f1 is not None]
+    try: before = json.loads(path.read_text())
+    except (OSError, ValueError): before = {}                   # none, or a damaged one
+    after = (before if isinstance(before, dict) else {}) | {head: tuning.thresholds['model'][head] for head in tuned}
+    if tuned:
+        with atomic_write(path) as f: json.dump(after, f)
+
 def stream_rows(cfg, checkpoint, variants, test, validation, ranks) -> tuple[Streamed, Tuning]:
     "Tune thresholds and stream the `test` scenes in all variants; what failed when it was probed is not streamed."
     out, split, tuned = Path(cfg.output_dir), cfg.eval.split, len(given_thresholds(cfg)) < 2
@@ -239,8 +256,7 @@ def stream_rows(cfg, checkpoint, variants, test, validation, ranks) -> tuple[Str
     seen = '; the scored videos were trained on, so this says nothing of unseen ones'*(split == 'train')
     tuning = tuning._replace(source=tuning.source + seen)
     mine = cfg.eval.checkpoint is None and not cfg.context_strategy.get('dst_file')
-    if mine and validation and not given_thresholds(cfg) and ranks.is_main_process:
-        with atomic_write(checkpoint/'thresholds.json') as f: json.dump(tuning.thresholds['model'], f)
+    if mine and validation and not given_thresholds(cfg) and ranks.is_main_process: keep_thresholds(checkpoint, tuning)
     streamed = stream_scenes(checkpoint, test, variants, tuning.thresholds, cfg, out/'traces'/split, split, ranks, missing)
     refuse_if_none(test, streamed.failed, split)
     return streamed, tuning
@@ -251,6 +267,7 @@ def in_words(rows, problems, meta, out) -> str:
     left_out, wordless = [p for p in problems if not p.warning], [p for p in problems if p.warning]
     lines = [format_rows(rows.values())]
     if left_out: lines.append(f'Left out of predictions: {len(left_out)}, the first: {left_out[0]}')
+    if meta.get('rows_missing'): lines.append(missing_in_words(meta))
     if wordless: lines.append(f'Replies of the reference without words: {len(wordless)}, the first: {wordless[0]}')
     lines.append(f"{videos_in_words(meta)}; thresholds: {meta['thresholds_from']}. "
                  f"{out/'report.html'} has intervals, comparisons and timelines")
@@ -258,11 +275,9 @@ def in_words(rows, problems, meta, out) -> str:
 
 def warn_of(failed, meta):
     "Say on stderr which videos failed; `failed` are (split, error)."
-    for split in dict.fromkeys(split for split, _ in failed):
-        some = [e for other, e in failed if other == split]
-        if split == meta['split']: print(f'warning: {failed_in_words(meta)}', file=sys.stderr)
-        else: print(f'warning: of the {split} videos some failed, and thresholds are tuned without them:', file=sys.stderr)
-        list_errors(some)
+    for became, errors in failed_by_split(failed, meta):
+        print(f'warning: {became}', file=sys.stderr)
+        list_errors(errors)
 
 # %% ../nbs/13_evaluate.ipynb #2b8e19c5
 def evaluate(cfg, argv=()) -> dict|None:
@@ -275,14 +290,14 @@ def evaluate(cfg, argv=()) -> dict|None:
     read = {name: read_predictions(path, [s.record for s in test], name) for name, path in (cfg.eval.predictions or {}).items()}
     language = make_language(cfg, [s.record for s in test])
     make_folder(cfg.output_dir)
-    streamed, tuning = Streamed({}, []), Tuning({}, {}, 'none are used', [])
+    streamed, tuning = Streamed({}, [], {}), Tuning({}, {}, 'none are used', [])
     if checkpoint: streamed, tuning = stream_rows(cfg, checkpoint, variants, test, validation, ranks)
     if not ranks.is_main_process: return None
     scenes, split = whole(test, streamed.failed), cfg.eval.split
     records = [s.record for s in scenes]
     left = [s.record.uid in {r.uid for r in records} for s in test]
     elsewhere = {name: Traces(tuple(compress(traces.makers, left))) for name, (traces, _) in read.items()}
-    entries = entries_of(streamed.traces, elsewhere, variants, test, cfg, streamed.failed)
+    entries = entries_of(streamed, elsewhere, variants, test, cfg)
     rows, tallies = score_entries(entries, cfg, language=language, **options)
     if checkpoint and cfg.eval.perplexity:
         add_perplexities(rows, dict(model=checkpoint) | {v.name: v.checkpoint for v in variants if v.checkpoint}, scenes, cfg)
@@ -291,6 +306,7 @@ def evaluate(cfg, argv=()) -> dict|None:
     lost = {s.record.video_uid for s, there in zip(test, left) if not there}
     meta = describe_run(cfg, scenes, whole(validation, tuning.failed), checkpoint, variants, language, ranks, argv, lost,
                         thresholds=tuning.thresholds, tuned_f1=tuning.f1, source=tuning.source)
+    meta['rows_missing'] = missing_rows(entries, variants, scenes, cfg)
     out, told = Path(cfg.output_dir), (rows, tallies, compare_entries(rows, tallies, cfg), problems, failed)
     write_scores(out, *told, meta)
     save_config(cfg, out/'evaluation')

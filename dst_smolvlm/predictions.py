@@ -41,9 +41,8 @@ def read_line(said, at:tuple, records:dict[str, list[VideoRecord]]) -> tuple[Lin
     if len(records[uid]) > 1: raise wrong('video_uid', f"has several dialogues; name one of {', '.join(r.uid for r in records[uid])}")
     if type(time_s) not in (int, float) or not math.isfinite(time_s): raise wrong('time', 'must be a number of seconds')
     record, held, problems = records[uid][0], {}, []
-    if not 0 <= time_s <= record.duration: raise wrong('time', f'outside the video, which has {record.duration:g} s')
-    frame = frame_of(time_s, record.fps)
-    if frame >= record.num_frames(): raise wrong('time', f'after the last frame, at {(record.num_frames() - 1)/record.fps:g} s')
+    if not 0 <= time_s < record.duration + 1/record.fps: raise wrong('time', f'outside the video, which has {record.duration:.10g} s')
+    frame = min(frame_of(time_s, record.fps), record.num_frames() - 1)       # the end of a video may be rounded
     for kind in (k for k in HOLDS if said.get(k) is not None):
         try: held[kind] = read_field(kind, said[kind], record, wrong)
         except RecordError as e: problems.append(e)

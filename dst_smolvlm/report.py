@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'SUMMARY', 'TABLES', 'MARK', 'EXACT', 'FEW', 'STYLE', 'TIMES', 'READ_DIFFERENCES', 'READ_FIRST',
            'READ_CONTROLS', 'PAGE', 'format_value', 'number', 'format_rows', 'span_of', 'with_interval',
-           'videos_in_words', 'leaderboard_markdown', 'failed_in_words', 'how_read', 'png_uri', 'table_html',
-           'row_name', 'wide_table', 'comparisons_html', 'undefined_html', 'timing_html', 'made_html', 'figure_html',
-           'list_html', 'report_html']
+           'videos_in_words', 'leaderboard_markdown', 'failed_in_words', 'failed_by_split', 'missing_in_words',
+           'how_read', 'blank_controls', 'png_uri', 'table_html', 'row_name', 'wide_table', 'comparisons_html',
+           'undefined_html', 'timing_html', 'made_html', 'figure_html', 'list_html', 'report_html']
 
 # %% ../nbs/12_report.ipynb #e2fbb71b
-import base64, html, io, json
+import base64, html, io, json, re
 from collections.abc import Callable, Sequence
+
+from matplotlib.text import Text
 
 from .annotation import RecordError
 
@@ -84,7 +86,7 @@ EXACT = (f'{MARK} All videos are alike in this, so that drawing them again shows
 def span_of(row, column) -> str:
     "The interval of a score as 'low, high', marked where it is the exact one; empty where there is none, or one without width."
     low, high = row.get('bounds', {}).get(column) or row.get('intervals', {}).get(column) or (0, 0)
-    return f'{low:.3f}, {high:.3f}' + MARK*(column in row.get('bounds', {})) if high - low > 1e-6 else ''
+    return f'{low:.3f}, {high:.3f}' + MARK*(column in row.get('bounds', {})) if high - low >= 1e-9 else ''
 
 def with_interval(row, column) -> str:
     "A score, and where it has one its interval."
@@ -96,13 +98,13 @@ def videos_in_words(meta) -> str:
     failed = meta.get('videos_failed', 0)
     return f"{meta['videos']} of "*bool(failed) + number(meta['videos'] + failed, meta['split'] + ' video')
 
-def leaderboard_markdown(rows, meta, failed:Sequence[RecordError]=()) -> str:
-    "The summary as Markdown, best score first within each kind."
+def leaderboard_markdown(rows, meta, failed:Sequence[tuple[str, RecordError]]=()) -> str:
+    "The summary as Markdown, best score first within each kind; `failed` are (split, error)."
     lines = ['| row | ' + ' | '.join(SUMMARY.values()) + ' | what it is |', '|---|' + '--:|'*len(SUMMARY) + '---|']
     kinds, cell = list(KINDS), lambda text: text.replace('|', '\\|')
     for r in sorted(rows, key=lambda r: (kinds.index(r['kind']), -(r['score'] if r.get('score') is not None else -1))):
         lines.append(f"| `{cell(r['name'])}` | " + ' | '.join(with_interval(r, c) for c in SUMMARY) + f" | {cell(r['what'])} |")
-    missing = [failed_in_words(meta), '', *(f'* {e}' for e in failed), ''] if failed else []
+    missing = [line for words, errors in failed_by_split(failed, meta) for line in (words, '', *(f'* {e}' for e in errors), '')]
     title = f"# {videos_in_words(meta)} of {meta['data']}"
     return '\n'.join([title, '', *lines, '', *missing, how_read(meta, rows), '', f"`{meta['command']}`", ''])
 
@@ -112,6 +114,16 @@ def failed_in_words(meta) -> str:
     verb = 'is' if n == 1 else 'are'
     return f"{number(n, meta['split'] + ' video')} failed and {verb} in no row; those that fail are seldom the easy ones:"
 
+def failed_by_split(failed:Sequence[tuple[str, RecordError]], meta) -> list[tuple[str, list[RecordError]]]:
+    "The errors of each split, and in words what became of its videos: those to be scored, or those that thresholds are tuned on."
+    words = lambda split: f'Of the {split} videos some failed, and thresholds are tuned without them:'
+    return [(failed_in_words(meta) if split == meta['split'] else words(split), [e for other, e in failed if other == split])
+            for split in dict.fromkeys(split for split, _ in failed)]
+
+def missing_in_words(meta) -> str:
+    "Which rows are not there that one would look for, and why."
+    return ' '.join(f'There is no row {name}: {why}.' for name, why in meta.get('rows_missing', {}).items())
+
 def how_read(meta, rows) -> str:
     "In words: what the score is made of, what the intervals are, and where the thresholds come from."
     weights = ', '.join(f'{w:g} × {SUMMARY.get(k, k)}' for k, w in meta['weights'].items())
@@ -120,7 +132,8 @@ def how_read(meta, rows) -> str:
     intervals = f"Intervals: {meta['intervals']}." if meta.get('intervals') else ''
     exact = f' {EXACT}' if any(r.get('bounds') for r in rows) else ''
     return (f"{score} A decision is right within ±{meta['tolerance_s']:g} s of its event. {intervals} "
-            f"Thresholds: {meta['thresholds_from']}." + (FEW if intervals and meta['videos'] < 20 else '') + exact)
+            f"Thresholds: {meta['thresholds_from']}." + (FEW if intervals and meta['videos'] < 20 else '') + exact
+            + f' {missing_in_words(meta)}'.rstrip())
 
 FEW = ' With fewer than twenty videos intervals are too narrow: read them as the least that is uncertain.'
 
@@ -168,8 +181,17 @@ tr.group td:first-child{max-width:none}}
 @media print{body{max-width:none}.wide{overflow:visible}h2{break-after:avoid}figure,tr{break-inside:avoid}}
 """
 
+def blank_controls(fig):
+    "Put spaces for the control characters in a figure's texts, which no font has."
+    blank = lambda text: re.sub(r'[\x00-\x09\x0b-\x1f\x7f-\x9f]', ' ', text)                     # a line feed begins a line
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        if labels != (blanked := list(map(blank, labels))): axis.set_ticklabels(blanked)           # else drawing would put them back
+    for text in fig.findobj(Text): text.set_text(blank(text.get_text()))
+
 def png_uri(fig, dpi:int=110) -> str:
     "A figure as a data URI, so that the report is one file."
+    blank_controls(fig)
     out = io.BytesIO()
     fig.savefig(out, format='png', dpi=dpi, bbox_inches='tight')
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
@@ -284,13 +306,14 @@ PAGE = ("<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='
         '<title>{title}</title><style>{style}</style></head><body>{body}</body></html>')
 
 def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:Sequence[RecordError]=(), notes=(),
-                failed:Sequence[RecordError]=()) -> str:
+                failed:Sequence[tuple[str, RecordError]]=()) -> str:
     """The self-contained report. `figures` and `timelines` are (title, function that draws, caption); `problems` what is wrong in
-    predictions (left out) and in references (warnings); `notes` (HTML) stand under the thresholds; `failed` videos are in no row."""
+    predictions (left out) and in references (warnings); `notes` (HTML) stand under the thresholds; `failed` are (split, error)."""
     title = html.escape(f"{videos_in_words(meta)} of {meta['data']}")
     parts = [f'<h1>{title}, streamed and scored</h1><p>{html.escape(how_read(meta, rows))}</p>', table_html(rows, SUMMARY, what=True),
              f"<p class='note'>{READ_FIRST}{READ_CONTROLS*any(r['kind'] == 'control' for r in rows)}</p>", undefined_html(rows)]
-    if failed: parts.append(f'<h2>Videos that failed</h2><p>{html.escape(failed_in_words(meta))}</p>{list_html([str(e) for e in failed])}')
+    if failed: parts.append('<h2>Videos that failed</h2>')
+    parts += [f'<p>{html.escape(words)}</p>{list_html([str(e) for e in errors])}' for words, errors in failed_by_split(failed, meta)]
     if comparisons: parts.append(f'<h2>What differs</h2><p>{READ_DIFFERENCES}</p>{comparisons_html(comparisons)}')
     told = {k: html.escape(str(meta.get(k))) for k in ('window', 'encoder')}
     for name, about, columns in TABLES:

@@ -27,6 +27,7 @@ from .budget import make_strategy
 from .config import InputError, environment, safe_name
 from .model import checkpoint_hash, load_pretrained
 from .pool import count_cores, run_each
+from .records import VideoRecord
 from .stream import HonestClock, backbone_dtype, pick_device, prepare, runner_options, stream_record
 from .trace import Traces, read_trace, write_trace
 from .variants import Variant, controlled, suited
@@ -175,8 +176,9 @@ def join_ranks() -> PartialState:
 # %% ../nbs/12_split.ipynb #c2cfd999
 class Streamed(NamedTuple):
     "What became of a split."
-    traces: dict[str, Traces]      # by the variant's name, of the videos that are whole in all variants
-    failed: list[RecordError]      # one for each record that could not be streamed; its `record` is the `uid`
+    traces: dict[str, Traces]                # by the variant's name, of the videos that are whole in all variants
+    failed: list[RecordError]                # one for each record that could not be streamed; its `record` is the `uid`
+    records: dict[str, list[VideoRecord]]    # those of the traces
 
 def whole(scenes, failed:Iterable[RecordError]) -> list:
     "The scenes of the videos of which nothing failed, in no dialogue."
@@ -186,15 +188,15 @@ def whole(scenes, failed:Iterable[RecordError]) -> list:
 
 def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='stream', ranks=None, failed=()) -> Streamed:
     """Stream every scene in every variant, resuming what is there and trying again what failed. `thresholds` {speak, update} are by the
-    variant's name; `failed` are errors that are known beforehand. A video that fails in one variant is left out of all, so that all rows
-    are of the same."""
+    variant's name; `failed` are errors that are known beforehand, of videos that no control is given. A video that fails in one variant is
+    left out of all, so that all rows are of the same."""
     ranks, scenes, failed = ranks or join_ranks(), list(scenes), {e.record: e for e in failed}
-    able = {s.record.uid for s in whole(scenes, failed.values())}
+    able = whole(scenes, failed.values())
     folders = {v.name: v.checkpoint or str(checkpoint) for v in variants}
     weights = {path: checkpoint_hash(path) for path in set(folders.values())}
     jobs = [Job(folders[v.name], weights[folders[v.name]], scene, v, thresholds[v.like or v.name], cfg,
                 Path(folder)/v.name/f'{safe_name(scene.record.uid)}.json')
-            for v in variants for scene in suited(v, scenes, cfg) if scene.record.uid in able]
+            for v in variants for scene in suited(v, able, cfg)]
     mine = dict(list(enumerate(jobs))[ranks.process_index::ranks.num_processes])
     on_cpu = pick_device(cfg) == 'cpu'
     workers = cfg.eval.workers or (max(1, count_cores()//ranks.num_processes) if on_cpu else 1)
@@ -204,6 +206,6 @@ def stream_scenes(checkpoint, scenes, variants, thresholds, cfg, folder, title='
     for i in range(len(jobs)):
         if isinstance(done[i], RecordError): failed.setdefault(done[i].record, done[i])                # in the first of the variants
     left = {s.record.uid for s in whole(scenes, failed.values())}
-    kept = [(job.variant, partial(read_trace, done[i])) for i, job in enumerate(jobs) if job.scene.record.uid in left]
-    makers = {v.name: [maker for variant, maker in kept if variant is v] for v in variants}
-    return Streamed({name: Traces(tuple(some)) for name, some in makers.items()}, list(failed.values()))
+    kept = {v.name: [i for i, job in enumerate(jobs) if job.variant is v and job.scene.record.uid in left] for v in variants}
+    traces = {name: Traces(tuple(partial(read_trace, done[i]) for i in some)) for name, some in kept.items()}
+    return Streamed(traces, list(failed.values()), {name: [jobs[i].scene.record for i in some] for name, some in kept.items()})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'HEAD_ONLY', 'CONTROLS', 'Variant', 'permute_names', 'controlled', 'suited', 'other_strategy', 'knows_truth',
-           'others_of', 'variants_of']
+           'check_texts', 'others_of', 'variants_of']
 
 # %% ../nbs/12_lineup.ipynb #d5fa95ca
 import zlib
@@ -79,8 +79,15 @@ def knows_truth(strategy) -> str:
     "A word of warning for a strategy that is told the true states by a file; empty for all others."
     return ', an ORACLE: told the true state at every cut (dst_file)' if strategy.get('dst_file') else ''
 
+def check_texts(cfg):
+    "Raises `InputError` unless the names of rows are texts; 1 and true are none."
+    for key in ('strategies', 'checkpoints', 'predictions'):
+        for name in cfg.eval[key] or {}:
+            if not isinstance(name, str): raise InputError(f'eval.{key}.{name}: the name of a row must be text, for example row_{name}')
+
 def others_of(cfg) -> list[Variant]:
     "The strategies and checkpoints that a configuration puts beside the model."
+    check_texts(cfg)
     others = []
     for name, given in (cfg.eval.strategies or {}).items():
         options, about = other_strategy(name, given, cfg.context_strategy), dict(given or {})

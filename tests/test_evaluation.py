@@ -12,7 +12,7 @@ from dst_smolvlm.config import InputError, compose_config
 from dst_smolvlm.dataset import load_scenes
 from dst_smolvlm.evaluate import entries_of, make_language, score_entries
 from dst_smolvlm.model import build_tiny, save_model
-from dst_smolvlm.split import stream_scenes
+from dst_smolvlm.split import Streamed, stream_scenes
 from dst_smolvlm.trace import oracle_trace
 from dst_smolvlm.variants import variants_of
 from dst_smolvlm.world import Scene, render_frame
@@ -151,7 +151,7 @@ def test_processes_score_as_one_does(tmp_path):
     "Rows shared among two processes, with words and their vectors: the same scores, in the same order."
     cfg = compose_config([*COMMON, 'eval.workers=2'])
     scenes = [load_scenes(cfg.data, 'test')[i] for i in range(3)]
-    language, entries = make_language(cfg, [s.record for s in scenes]), entries_of({}, {}, [], scenes, cfg)
+    language, entries = make_language(cfg, [s.record for s in scenes]), entries_of(Streamed({}, [], {}), {}, [], scenes, cfg)
     one, two = (score_entries(entries, cfg, many=many, language=language)[0] for many in (10**9, 0))
     assert json.dumps(one) == json.dumps(two)
 
@@ -162,7 +162,7 @@ def test_an_encoder_in_another_process():
     cfg = compose_config([*COMMON, 'eval.workers=2', 'eval.encoder=minilm'])
     scenes = [load_scenes(cfg.data, 'test')[i] for i in range(3)]
     language = make_language(cfg, [s.record for s in scenes])
-    entries = {k: e for k, e in entries_of({}, {}, [], scenes, cfg).items() if k in ('clock', 'event_order')}
+    entries = {k: e for k, e in entries_of(Streamed({}, [], {}), {}, [], scenes, cfg).items() if k in ('clock', 'event_order')}
     one, two = (score_entries(entries, cfg, many=many, language=language)[0] for many in (10**9, 0))
     for name in entries:
         assert one[name]['semantic_similarity'] == pytest.approx(two[name]['semantic_similarity'], abs=1e-5)
@@ -192,6 +192,7 @@ def test_a_long_video_is_never_in_memory_as_a_whole(checkpoint, tmp_path, monkey
 @pytest.mark.parametrize('override', ['eval.tolerance_s=inf', 'eval.window=[-1.5,inf]', 'eval.bootstrap=.5', 'eval.weights=speaking_f1',
                                       'eval.speak_threshold=inf', 'eval.refractory_s=inf', 'eval.filter.begin=inf',
                                       'eval.predictions.model=x.jsonl', 'eval.weights={speaking_f1: 1e309}', 'eval.bootstrap=1e12',
+                                      'eval.bootstrap=2', 'eval.predictions={1: x.jsonl}', 'eval.checkpoints={true: x}',
                                       'eval.encoder=5', 'eval.strategies=drop_all', 'eval.clock=soon', 'eval.dtype=float8',
                                       'eval.strategies.oracle={name: drop_all}', 'eval.checkpoints.mine=.', 'data.test_videos=-1'])
 def test_what_cannot_be_scored_is_refused_before_anything_is_streamed(checkpoint, tmp_path, override):

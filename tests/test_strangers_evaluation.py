@@ -90,6 +90,20 @@ def test_timelines_of_odd_traces_can_be_drawn(seed):
     for truth in (None, record): draw(timeline_figure, trace, truth)
 
 
+def test_control_characters_are_drawn_as_spaces():
+    "In names of rows and steps, in the goal and in what is said: no warning of any glyph."
+    odd, curve = 'a\x14b\x1bc', pr_curve([np.array([.2, .9])], [[1]], 1)
+    record = VideoRecord(video_uid='v', dataset='d', duration=4., steps=[Step(id='S1', name=odd, spans=[(0., 1.)])], goal=odd,
+                         turns=[Turn(role='assistant', time=1., content=odd)])
+    trace = trace_from_states(record, np.zeros((record.num_frames(), 1), int), {2: odd}, model=odd)
+    figures = [timeline_figure(trace, record), pr_figure({odd: curve}), f1_figure({odd: curve})]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for figure in figures: png_uri(figure, dpi=30)
+    assert '1. a b c' in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert figures[1].axes[0].get_legend().get_texts()[0].get_text().startswith('a b c')
+
+
 def test_a_picture_that_cannot_be_drawn_costs_no_score(tmp_path, monkeypatch):
     "When the first picture is drawn all scores are written, and it is a line of the page, with what failed and why."
     records = records_of()
@@ -314,6 +328,20 @@ def test_a_video_that_fails_is_named_and_the_others_are_scored(kitchen, tmp_path
     per_video = json.loads((out/'per_video.json').read_text())
     assert not set(bad) & {v['video_uid'] for row in per_video.values() for v in row}
     assert not any(uid in str(p) for uid in bad for p in (out/'traces').rglob('*.json'))
+
+
+@pytest.mark.parametrize('probe', [True, False])
+def test_controls_are_of_the_videos_that_are_left(kitchen, tmp_path, capfd, probe):
+    "The first two are missing. Known beforehand, the controls are the next ones; found too late, it is said that there are none."
+    options, uids = film(kitchen, tmp_path/'films', train_0=gone, train_1=gone)
+    evaluate.main([*options, *GIVEN, f'eval.probe={probe}', 'eval.controls=2'])
+    out, said = tmp_path/'films'/'out', capfd.readouterr().out
+    rows = {r['name']: r for r in scores(out)['rows']}
+    texts = [said, *((out/name).read_text() for name in ('leaderboard.md', 'report.html'))]
+    for name in ('control_grey', 'control_permuted'):
+        missing = f'There is no row {name}: the videos that it was to be streamed on failed.'
+        assert (name in rows) == probe and all((missing in text) != probe for text in texts)
+        if probe: assert [v['video_uid'] for v in json.loads((out/'per_video.json').read_text())[name]] == uids['train'][2:4]
 
 
 def test_the_next_run_tries_again(kitchen, tmp_path):
