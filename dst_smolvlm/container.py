@@ -7,7 +7,7 @@ __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'in_se
            'live_packets', 'file_packets']
 
 # %% ../nbs/00_container.ipynb #a77eecb0
-import errno, os, re
+import errno, math, os, re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -184,12 +184,15 @@ def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
     back_step, jump, longest = -_BACK/base, max(_AHEAD/base, 3*usual), _LONGEST/base
     first = latest = decoded = None                    # by the file's clock: the first and latest picture, the last time of decoding
     end, moved = None, 0                               # by ours: until when the latest picture is shown; how much later it is
+    joint = -math.inf                                  # the latest picture before the last joint of an MP4's edit list
     for packet in packets:
         pts, dts = packet.pts, packet.dts
-        if packet.size and pts is not None:
+        if packet.size and packet.is_discard:          # an edit list leaves it out: it is only there for others to be decoded
+            if None not in (dts, decoded) and dts < decoded: joint = latest
+        elif packet.size and pts is not None:
             if end is None: first = latest = end = pts
             gap, step = pts + moved - end, dts - decoded if None not in (dts, decoded) else pts - latest
-            back = pts < latest and packet.is_keyframe or anew and step < back_step
+            back = pts < latest and packet.is_keyframe or anew and step < back_step or pts < joint
             if back and container.format.name == _OWN[0] or not anew and gap > longest:
                 at, by = (end - first)*base, gap*base
                 raise InputError(f'{name}: after {at:.1f} s its clock jumps by {by:.1f} s; convert the video, or cut it there')
