@@ -35,6 +35,7 @@ def write_video(
 
 # %% ../nbs/00_container.ipynb #f5950af3
 _CAMERAS = {'v4l2': {}, 'avfoundation': dict(framerate='30'), 'dshow': {}}   # FFmpeg's names of the systems, with their options
+_PLAYLISTS = '.m3u8', '.m3u'                                                  # of HLS
 
 def source_name(source) -> str:
     "What messages call it."
@@ -48,7 +49,10 @@ def open_source(source, timeout):
     if '://' in where: options = dict(timeout=timeout, options=dict(rtsp_flags='prefer_tcp'))   # UDP loses packets
     elif Path(source).is_char_device(): options = dict(timeout=timeout, format='v4l2')
     elif system in _CAMERAS and device: where, options = device, dict(timeout=timeout, format=system, options=_CAMERAS[system])
-    elif Path(source).is_file(): where, options = f'file:{source}', {}                # or "10:30.mp4" would be an address
+    elif Path(source).is_file():
+        where, options = f'file:{source}', {}                                         # or "10:30.mp4" would be an address
+        if Path(source).suffix.lower() in _PLAYLISTS:                                 # more may come where it does not say that it ends
+            options = dict(timeout=timeout, options=dict(live_start_index='0'))       # from its first segment on
     else: raise InputError(f'{name}: no such video file')
     try: return av.open(where, metadata_errors='replace', **options)
     except av.ExitError: raise InputError(f'{name}: no answer within {timeout:g} s') from None

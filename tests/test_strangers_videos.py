@@ -284,6 +284,28 @@ def test_an_edit_list_that_goes_back_in_time_is_an_error_everywhere(tmp_path):
     assert count < 20 and 'its clock jumps' in why
 
 
+@pytest.mark.parametrize('bf', [0, 3])
+def test_whole_mp4_files_of_all_kinds_and_two_in_one(tmp_path, bf):
+    kinds = dict(plain='', web='faststart', fragments='empty_moov+frag_keyframe', dash='empty_moov+frag_keyframe+default_base_moof')
+    for name, flags in kinds.items():
+        for sound in (0,) if 'frag' in flags and not bf else (0, 9):
+            check(write(tmp_path/f'{name}{sound}.mp4', bf=bf, sound=sound, mux=dict(movflags=flags) if flags else None), range(40))
+    for first, second in (('fragments0', 'fragments0'), ('plain9', 'plain9'), ('plain0', 'web0'), ('fragments0', 'plain0')):
+        path = tmp_path/f'{first}-{second}.mp4'
+        path.write_bytes(b''.join((tmp_path/f'{part}.mp4').read_bytes() for part in (first, second)))
+        for read in (lambda p: list(iter_frames(p, 10)), lambda p: list(iter_frames(p, 10, start=30)), video_length, playing_time):
+            with pytest.raises((InputError, RecordError), match='its clock jumps|two recordings were joined'): read(path)
+
+
+@pytest.mark.parametrize('end', ['#EXT-X-ENDLIST\n', ''], ids=['ended', 'open'])
+def test_a_playlist_is_read_from_its_first_segment_and_not_waited_for(tmp_path, end):
+    for i in range(5): write(tmp_path/f'{i}.ts', 10, 10*i, bf=0, start=float(i))
+    segments = ''.join(f'#EXTINF:1.0,\n{i}.ts\n' for i in range(5))
+    (tmp_path/'a.m3u8').write_text(f'#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:0\n{segments}{end}')
+    assert [number(f.image) for f in iter_frames(tmp_path/'a.m3u8', 10, timeout=1)] == [*range(50)]
+    assert video_length(tmp_path/'a.m3u8', 10, timeout=1).frames == 50
+
+
 def test_a_transport_stream_that_lost_data_says_so(tmp_path):
     "A gap in the middle of a group of pictures is no joint; whoever wants to go on may."
     noise = np.random.default_rng(0).integers(0, 256, (60, 12, 16, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
