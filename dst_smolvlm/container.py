@@ -7,7 +7,7 @@ __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'in_se
            'live_packets', 'file_packets']
 
 # %% ../nbs/00_container.ipynb #a77eecb0
-import errno, os, re
+import errno, math, os, re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +35,7 @@ def write_video(
 
 # %% ../nbs/00_container.ipynb #f5950af3
 _CAMERAS = {'v4l2': {}, 'avfoundation': dict(framerate='30'), 'dshow': {}}   # FFmpeg's names of the systems, with their options
+_PLAYLISTS = '.m3u8', '.m3u'                                                  # of HLS
 
 def source_name(source) -> str:
     "What messages call it."
@@ -48,7 +49,10 @@ def open_source(source, timeout):
     if '://' in where: options = dict(timeout=timeout, options=dict(rtsp_flags='prefer_tcp'))   # UDP loses packets
     elif Path(source).is_char_device(): options = dict(timeout=timeout, format='v4l2')
     elif system in _CAMERAS and device: where, options = device, dict(timeout=timeout, format=system, options=_CAMERAS[system])
-    elif Path(source).is_file(): where, options = f'file:{source}', {}                # or "10:30.mp4" would be an address
+    elif Path(source).is_file():
+        where, options = f'file:{source}', {}                                         # or "10:30.mp4" would be an address
+        if Path(source).suffix.lower() in _PLAYLISTS:                                 # more may come where it does not say that it ends
+            options = dict(timeout=timeout, options=dict(live_start_index='0'))       # from its first segment on
     else: raise InputError(f'{name}: no such video file')
     try: return av.open(where, metadata_errors='replace', **options)
     except av.ExitError: raise InputError(f'{name}: no answer within {timeout:g} s') from None
@@ -184,12 +188,15 @@ def _continued(packets, container, stream, name) -> Iterator[av.Packet]:
     back_step, jump, longest = -_BACK/base, max(_AHEAD/base, 3*usual), _LONGEST/base
     first = latest = decoded = None                    # by the file's clock: the first and latest picture, the last time of decoding
     end, moved = None, 0                               # by ours: until when the latest picture is shown; how much later it is
+    joint = -math.inf                                  # the latest picture before the last joint of an MP4's edit list
     for packet in packets:
         pts, dts = packet.pts, packet.dts
-        if packet.size and pts is not None:
+        if packet.size and packet.is_discard:          # an edit list leaves it out: it is only there for others to be decoded
+            if None not in (dts, decoded) and dts < decoded: joint = latest
+        elif packet.size and pts is not None:
             if end is None: first = latest = end = pts
             gap, step = pts + moved - end, dts - decoded if None not in (dts, decoded) else pts - latest
-            back = pts < latest and packet.is_keyframe or anew and step < back_step
+            back = pts < latest and packet.is_keyframe or anew and step < back_step or pts < joint
             if back and container.format.name == _OWN[0] or not anew and gap > longest:
                 at, by = (end - first)*base, gap*base
                 raise InputError(f'{name}: after {at:.1f} s its clock jumps by {by:.1f} s; convert the video, or cut it there')

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from heapq import heappop, heappush
-from itertools import chain, pairwise
+from itertools import chain
 from time import monotonic
 from typing import NamedTuple
 
@@ -27,14 +27,15 @@ class Untrusted(Exception): "A short cut that may not lead where decoding from t
 def _keyframe(container, stream, at) -> tuple[int, Iterator[av.Packet]]:
     "Of a container just opened: the first picture's time-stamp, and all packets from the last key frame within `at` seconds after it."
     first = next((picture.pts for packet in container.demux(stream) for picture in packet.decode()), None)
-    if first is None or any(b.timestamp < a.timestamp for a, b in pairwise(() if stream.frames else stream.index_entries)): raise Untrusted
+    stamps = [entry.timestamp for entry in stream.index_entries]               # they go back where parts were joined
+    if first is None or stamps != sorted(stamps): raise Untrusted
     target = first + math.floor(min(at, container.duration/av.time_base)/stream.time_base)
     while target >= first:
         container.seek(target, stream=stream)
         packets = container.demux()
         packet = next(packet for packet in packets if packet.stream.index == stream.index)
         if not packet.is_keyframe or packet.pts is None: raise Untrusted
-        if float((packet.pts - first)*stream.time_base) <= at: return first, chain([packet], packets)
+        if not packet.is_discard and float((packet.pts - first)*stream.time_base) <= at: return first, chain([packet], packets)
         target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
     raise Untrusted
 

@@ -38,7 +38,7 @@ def count_frames(
     return count, ''
 
 # %% ../nbs/02_probe.ipynb #76bf1fe3
-FORMAT = [1, av.__version__]    # its number is to be raised when the same file would be found to have other frames than before
+FORMAT = [2, av.__version__]    # its number is to be raised when the same file would be found to have other frames than before
 CACHED = 100_000                # files, the last ones found
 
 def cache_file() -> Path: return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'dst_smolvlm'/'probe.json'

@@ -1,5 +1,5 @@
 """What strangers' files are like: the right frames at the right times, whatever a container says, and one bad file ends nothing."""
-import itertools, os
+import itertools, os, struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from dst_smolvlm.config import InputError
 from dst_smolvlm.features import Video
 from dst_smolvlm.footage import find_videos, playing_time, video_lengths
 from dst_smolvlm.picture import lay
+from dst_smolvlm.probe import count_frames
 from dst_smolvlm.records import main as records
 from dst_smolvlm.video import frames_to_pixels, iter_frames, last_picture, read_frames, video_length
 
@@ -236,6 +237,73 @@ def test_a_gap_is_a_pause_where_time_stamps_are_a_table(tmp_path):
         assert len(frames) == video_length(path, 1).frames and playing_time(path) == pytest.approx(600.3, abs=.01)
     late = write(tmp_path/'late.mkv', 4, bf=0, times=[0, 1, 2, 10*90000])
     with pytest.raises(InputError, match=r'late.mkv: after 0.3 s its clock jumps by 89999.7 s'): list(iter_frames(late, .1))
+
+
+# Cut without encoding anew: an edit list that plays parts of an MP4
+
+def edited(path, target, parts):
+    "The MP4 with the edit list `parts`: numbers of the first picture, or None for a pause, and how many; at 10 pictures a second."
+    data = bytearray(path.read_bytes())
+    def numbers(kind, skip, count=1): return struct.unpack_from(f'>{count}i', data, data.index(kind) + skip)
+    (film,), (media,), (begin,) = numbers(b'mvhd', 16), numbers(b'mdhd', 16), numbers(b'elst', 16)
+    edits = [(n*film//10, -1 if first is None else begin + first*media//10, 1 << 16) for first, n in parts]
+    place = data.index(b'elst') - 4
+    old, = struct.unpack_from('>i', data, place)
+    box = struct.pack(f'>i4s2i{3*len(edits)}i', 16 + 12*len(edits), b'elst', 0, len(edits), *itertools.chain(*edits))
+    data[place:place + old] = box
+    for kind in (b'edts', b'trak', b'moov'):
+        place = data.index(kind) - 4
+        struct.pack_into('>i', data, place, struct.unpack_from('>i', data, place)[0] + len(box) - old)
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize('bf', [0, 3])
+@pytest.mark.parametrize('parts', [
+    [(0, 10), (25, 10)], [(10, 10), (10, 10)], [(0, 8), (16, 8), (32, 8)], [(3, 30)], [(None, 8), (9, 13)],
+], ids=['two', 'repeated', 'three', 'one', 'late'])
+def test_parts_of_an_edit_list(tmp_path, parts, bf):
+    path = edited(write(tmp_path/'a.mp4', bf=bf), tmp_path/'b.mp4', parts)
+    played = [first + i for first, n in parts if first is not None for i in range(n)]
+    check(path, played)
+    assert count_frames(path, 10) == (len(played), '')
+
+
+def test_a_pause_of_an_edit_list(tmp_path):
+    path = edited(write(tmp_path/'a.mp4', bf=0), tmp_path/'b.mp4', [(0, 10), (None, 20), (10, 10)])
+    played = [number(f.image) for f in iter_frames(path, 10)]
+    assert len(played) == video_length(path, 10).frames == 40 and played[:10] == [*range(10)] and played[-10:] == [*range(10, 20)]
+
+
+def test_an_edit_list_that_goes_back_in_time_is_an_error_everywhere(tmp_path):
+    "FFmpeg shows the second part before the end of the first: B-frames are decoded earlier than they are shown."
+    path = edited(write(tmp_path/'a.mp4', bf=3, **{'x264-params': 'scenecut=0'}), tmp_path/'b.mp4', [(30, 10), (0, 10)])
+    for read in (read_frames, video_length, last_picture, lambda path: [*iter_frames(path, start=2)]):
+        with pytest.raises(InputError, match=r'its clock jumps by -0\.\d s; convert the video, or cut it there$'): read(path)
+    count, why = count_frames(path, 10)
+    assert count < 20 and 'its clock jumps' in why
+
+
+@pytest.mark.parametrize('bf', [0, 3])
+def test_whole_mp4_files_of_all_kinds_and_two_in_one(tmp_path, bf):
+    kinds = dict(plain='', web='faststart', fragments='empty_moov+frag_keyframe', dash='empty_moov+frag_keyframe+default_base_moof')
+    for name, flags in kinds.items():
+        for sound in (0,) if 'frag' in flags and not bf else (0, 9):
+            check(write(tmp_path/f'{name}{sound}.mp4', bf=bf, sound=sound, mux=dict(movflags=flags) if flags else None), range(40))
+    for first, second in (('fragments0', 'fragments0'), ('plain9', 'plain9'), ('plain0', 'web0'), ('fragments0', 'plain0')):
+        path = tmp_path/f'{first}-{second}.mp4'
+        path.write_bytes(b''.join((tmp_path/f'{part}.mp4').read_bytes() for part in (first, second)))
+        for read in (lambda p: list(iter_frames(p, 10)), lambda p: list(iter_frames(p, 10, start=30)), video_length, playing_time):
+            with pytest.raises((InputError, RecordError), match='its clock jumps|two recordings were joined'): read(path)
+
+
+@pytest.mark.parametrize('end', ['#EXT-X-ENDLIST\n', ''], ids=['ended', 'open'])
+def test_a_playlist_is_read_from_its_first_segment_and_not_waited_for(tmp_path, end):
+    for i in range(5): write(tmp_path/f'{i}.ts', 10, 10*i, bf=0, start=float(i))
+    segments = ''.join(f'#EXTINF:1.0,\n{i}.ts\n' for i in range(5))
+    (tmp_path/'a.m3u8').write_text(f'#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:0\n{segments}{end}')
+    assert [number(f.image) for f in iter_frames(tmp_path/'a.m3u8', 10, timeout=1)] == [*range(50)]
+    assert video_length(tmp_path/'a.m3u8', 10, timeout=1).frames == 50
 
 
 def test_a_transport_stream_that_lost_data_says_so(tmp_path):
