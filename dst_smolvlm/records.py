@@ -15,8 +15,8 @@ from pathlib import Path
 from .annotation import RecordError, Step, TimestampToStateConverter, Turn, VideoRecord, parse_json, write_records
 from .config import InputError, atomic_write, check_outputs, run_cli
 from .delimited import read_header, read_table, split_lines
-from .files import open_path, read_text
-from .footage import find_videos, video_lengths
+from .files import file_at, json_lines, open_path, read_text
+from .footage import video_lengths
 from .formats import LEVELS, length_of
 from .formats_proassist import is_frame_counts
 from .reading import POLICIES, Entry, Seen, examine, read_entries
@@ -207,8 +207,11 @@ def _check_names(args) -> set[Path]:
     "Raises `InputError` where the command would write over what it reads; → the reports among them, which are not read."
     outputs = {f'--{key}': path for key in ('out', 'report') if (path := getattr(args, key, None))}
     inputs = {'PATHS': args.paths, '--steps': getattr(args, 'steps', None), '--lengths': args.lengths}
-    if args.videos and outputs: inputs['--videos'] = find_videos(args.videos)[0]
     check_outputs(outputs, inputs, within=False)
+    for name, path in outputs.items():
+        if Path(path).is_file() and os.path.getsize(path) and not (_is_report if name == '--report' else _holds_records)(path):
+            what = 'report' if name == '--report' else 'records'
+            raise InputError(f'{name} {path}: there already, and no {what} of an earlier run; name another file, or remove it first')
     check_outputs({name: path for name, path in outputs.items() if not _is_report(path)}, inputs)
     return {Path(path).resolve() for path in outputs.values() if _is_report(path)}
 
@@ -217,6 +220,12 @@ def _is_report(path) -> bool:
     path = Path(path)
     if not path.is_file(): return False
     with path.open('rb') as f: return f.read(len(REPORT)) == REPORT.encode()
+
+def _holds_records(path) -> bool:
+    "Does a file begin with a record of our own?"
+    first = itertools.islice(json_lines(file_at(Path(path))), 1)
+    try: return all(isinstance(line, str) and VideoRecord.from_json(line, path) for _, line in first)
+    except RecordError: return False
 
 # %% ../nbs/01_records.ipynb #d16a6aa1
 @run_cli
