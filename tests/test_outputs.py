@@ -138,7 +138,7 @@ def test_records_replace_nothing_but_records(refused, labels, name, where):
     Path('films.jsonl').write_text(json.dumps(record) + '\n')
     refused(records, ['convert', 'films.jsonl', '--out', path], f'--out {path}', 'no records of an earlier run')
     refused(records, ['convert', 'films.jsonl', '--videos', where or '.', '--out', path], f'--out {path}', 'remove it first')
-    if name != 'report.json': refused(records, ['check', 'films.jsonl', '--report', path], f'--report {path}', 'no report of an earlier run')
+    if name != 'report.json': refused(records, ['check', 'films.jsonl', '--report', path], str(path), 'no report of an earlier run')
 
 
 def test_records_may_be_written_twice_or_into_an_empty_file(here, labels):
