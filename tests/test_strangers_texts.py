@@ -554,6 +554,12 @@ def test_a_limit_that_is_none(tmp_path, limit):
         load_records(compose_config(['data=records', f'data.path={tmp_path}', f'data.limit={limit}']).data)
 
 
+@pytest.mark.parametrize('path', ['[a.jsonl]', '5', '{a: b}'])
+def test_a_path_that_is_no_text(path):
+    with pytest.raises(InputError, match='data.path=.*must be the name of one file, folder or archive'):
+        load_records(compose_config(['data=records', f'data.path={path}']).data)
+
+
 def test_holoassist_has_no_limit(): assert compose_config(['data=holoassist']).data.limit is None
 
 
