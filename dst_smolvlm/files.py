@@ -8,7 +8,7 @@ __all__ = ['SUFFIXES', 'ARCHIVES', 'LARGEST_FILE', 'LONGEST_LINE', 'LARGEST_UNPA
            'read_text', 'json_lines', 'find_files']
 
 # %% ../nbs/01_files.ipynb #84262fee
-import gzip, io, itertools, posixpath, re, shutil, stat, tarfile, tempfile, zipfile, zlib
+import gzip, io, posixpath, re, shutil, stat, tarfile, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -142,7 +142,7 @@ def _in_archive(path: Path) -> Iterator[File | RecordError]:
     skipped = []
     for name in sorted(members):
         if _suffix(name) not in SUFFIXES and not is_archive(name): continue
-        parts = name.replace('\\', '/').split('/')
+        parts = name.split('/')
         if _hidden(parts) or '..' in parts or not parts[0] or members[name] is None or is_archive(name): skipped.append(name); continue
         yield File(f'{path}/{name}', members[name], partial(beside, posixpath.dirname(name)), named=False)
     if skipped: yield _not_read(path, skipped)
@@ -150,17 +150,36 @@ def _in_archive(path: Path) -> Iterator[File | RecordError]:
 def _members(path: Path, allowance: Allowance) -> dict[str, Callable | None]:
     "How to open each member of an archive that is a file, by name; None for links and devices."
     if path.exists() and not path.is_file(): raise OSError('not a file')
-    if path.name.lower().endswith('.zip'):
-        archive = zipfile.ZipFile(path)                                      # open for as long as one of its files may be asked for
-        links = {i.filename for i in archive.infolist() if stat.S_ISLNK(i.external_attr >> 16)}
-        files = {i.filename: partial(archive.open, i.filename) for i in archive.infolist() if not i.is_dir()}
-    else:
-        archive = tarfile.open(fileobj=_tar_file(path), mode='r:')
-        members = list(itertools.islice(archive, MOST_MEMBERS + 1))
-        if len(members) > MOST_MEMBERS: raise OSError(f'holds more than {MOST_MEMBERS} files')
-        files = {m.name: partial(archive.extractfile, m) for m in members if not m.isdir()}
-        links = {m.name for m in members if not m.isreg()}
-    return {name: None if name in links else partial(_unpacked, name, opened, allowance) for name, opened in files.items()}
+    members = {}
+    for name, opened in _zip_members(path) if path.name.lower().endswith('.zip') else _tar_members(_tar_file(path)):
+        name = posixpath.normpath(name.replace('\\', '/'))                   # ./a.json, as tar packs a folder, and a\b.json from Windows
+        if name in members and _suffix(name) in SUFFIXES:
+            raise OSError(f'holds {name} more than once; unpack it yourself, and name the folder')
+        members[name] = opened and partial(_unpacked, name, opened, allowance)
+    return members
+
+def _zip_members(path: Path) -> Iterator[tuple[str, Callable | None]]:
+    archive = zipfile.ZipFile(path)                                          # open for as long as one of its files may be asked for
+    members = archive.infolist()
+    with path.open('rb') as f: first = f.read(4)
+    if first == b'PK\3\4' and all(m.header_offset for m in members): raise zipfile.BadZipFile('its beginning belongs to another archive')
+    for m in members:
+        if not m.is_dir(): yield m.filename, None if stat.S_ISLNK(m.external_attr >> 16) else partial(archive.open, m)
+
+def _tar_members(whole: io.BufferedIOBase) -> Iterator[tuple[str, Callable | None]]:
+    "Those of a tar archive, or of several one behind the other; raises `tarfile.ReadError` if one does not end as it should."
+    count, block = 0, None
+    while block != b'':
+        archive = tarfile.open(fileobj=whole, mode='r:')
+        for m in archive:
+            count += 1
+            if count > MOST_MEMBERS: raise OSError(f'holds more than {MOST_MEMBERS} files')
+            if not m.isdir(): yield m.name, partial(archive.extractfile, m) if m.isreg() else None
+        whole.seek(archive.offset)
+        if not (block := whole.read(tarfile.BLOCKSIZE)) or any(block):       # an archive ends in zeros; `tarfile` stops anywhere
+            raise tarfile.ReadError(f'damaged or cut off at byte {archive.offset}')
+        while block and not any(block): block = whole.read(tarfile.BLOCKSIZE)
+        whole.seek(-len(block), io.SEEK_CUR)
 
 def _tar_file(path: Path) -> io.BufferedIOBase:
     "A tar archive without its compression."

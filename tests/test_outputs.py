@@ -126,6 +126,29 @@ def labels(here):
 def test_records_may_not_replace_what_they_are_read_from(refused, labels, argv): refused(records, argv, '--', 'name')
 
 
+@pytest.mark.parametrize('where', ['', 'sub/'])
+@pytest.mark.parametrize('name', ['film.mp4', 'film', 'EPIC_100_video_info.csv', 'report.json', 'notes.txt', 'other.jsonl'])
+def test_records_replace_nothing_but_records(refused, labels, name, where):
+    "Neither what they read without being told, as a video that a record names, nor anything else of somebody's."
+    other = dict(video_uid='a', conversation=[]) if name == 'other.jsonl' else dict(problems=[])
+    path = Path(where, name)
+    path.parent.mkdir(exist_ok=True)
+    if name.startswith('film'): shutil.copyfile('kitchen.mp4', path)
+    else: path.write_text('a,b\n1,2\n' if path.suffix in ('.csv', '.txt') else json.dumps(other) + '\n')
+    record = json.loads(Path('labels/a.jsonl').read_text()) | dict(video=str(path))
+    Path('films.jsonl').write_text(json.dumps(record) + '\n')
+    refused(records, ['convert', 'films.jsonl', '--out', path], f'--out {path}', 'no records of an earlier run')
+    refused(records, ['convert', 'films.jsonl', '--videos', where or '.', '--out', path], f'--out {path}', 'remove it first')
+    if name != 'report.json': refused(records, ['check', 'films.jsonl', '--report', path], str(path), 'no report of an earlier run')
+
+
+def test_records_may_be_written_twice_or_into_an_empty_file(here, labels):
+    Path('out.jsonl').touch()
+    for _ in range(2): records.main(['convert', 'labels/a.jsonl', '--out', 'out.jsonl', '--report', 'r.json'])
+    assert json.loads(Path('out.jsonl').read_text())['video_uid'] == 'a'
+    records.main(['convert', 'labels/a.jsonl', '--out', '/dev/null', '--report', '/dev/null'])
+
+
 def test_a_report_may_be_written_twice_among_the_annotations(here, labels):
     os.remove('labels/lengths.json')
     for _ in range(2): records.main(['check', 'labels', '--report', 'labels/report.json'])

@@ -154,6 +154,41 @@ def test_outputs_in_the_folder_that_is_read(tmp_path, capsys):
     assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path) == 2 and 'is a folder' in capsys.readouterr().err
 
 
+def joined(tmp_path, words, steps) -> tuple[int, dict]:
+    "The exit status of a join of words in a folder with steps in another one, and what came of them by their names."
+    for name, items in (('words', words), ('steps', steps)):
+        (tmp_path/name).mkdir(exist_ok=True)
+        (tmp_path/name/'a.jsonl').write_text('\n'.join(map(json.dumps, items)))
+    out = tmp_path/'out.jsonl'
+    status = command('join', tmp_path/'words', '--steps', tmp_path/'steps', '--out', out, '--report', tmp_path/'r.json')
+    return status, {r.uid: r for r in read_records(out)} if status == 0 else {}
+
+
+def test_a_dialogue_gets_the_steps_of_its_own(tmp_path):
+    words = [NATIVE | dict(dialogue=d, steps=[]) for d in ('d1', 'd2')]
+    boil, pour = ([dict(id='S1', name=name, spans=[[1., 2.]])] for name in ('boil', 'pour'))
+    own = [NATIVE | dict(dialogue='d1', steps=boil, turns=[]), NATIVE | dict(dialogue='d2', steps=pour, turns=[])]
+    status, records = joined(tmp_path, words, own)
+    assert status == 0 and {uid: r.steps[0].name for uid, r in records.items()} == {'tea.d1': 'boil', 'tea.d2': 'pour'}
+    assert joined(tmp_path, [NATIVE | dict(dialogue='d3', steps=[])], own)[0] == 1
+    [problem] = [p for p in problems(tmp_path/'r.json') if p['severity'] == 'error']
+    assert (problem['record'], problem['why']) == ('tea.d3', 'steps for tea.d1 and tea.d2')
+    assert len(joined(tmp_path, words, [NATIVE | dict(steps=boil, turns=[])])[1]) == 2 # those of no dialogue are of all
+
+
+def test_what_else_a_join_takes_over(tmp_path):
+    "A video only from the same view: with another name, or of another camera, it may be another one."
+    (tmp_path/'steps').mkdir()
+    write_video(tmp_path/'steps'/'tea.mp4', np.zeros((13, 48, 64, 3), np.uint8), fps=2)
+    timed = NATIVE | dict(knowledge='Boil it.', video='tea.mp4', turns=[])
+    words = [NATIVE | dict(steps=[]), NATIVE | dict(steps=[], view='left'), NATIVE | dict(steps=[], video_uid='tea-2', knowledge='Mine.')]
+    status, records = joined(tmp_path, words, [timed])
+    assert status == 0 and {uid: (r.knowledge, r.video) for uid, r in records.items()} == {
+        'tea': ('Boil it.', 'steps/tea.mp4'), 'tea.left': ('Boil it.', None), 'tea-2': ('Mine.', None)}
+    assert [(p['record'], p['why']) for p in problems(tmp_path/'r.json') if p['kind'] == 'joined by its beginning'] == [
+        ('tea-2', 'takes the steps of tea, with which its name begins')]
+
+
 def test_clipping_in_a_join_is_reported(tmp_path, capsys):
     (tmp_path/'words.jsonl').write_text(json.dumps(PREPARED))
     (tmp_path/'truck.tsv').write_text('type\tid\tstart_ts\tend_ts\tname\nstep\tS1\t0\t90\tboil\n')

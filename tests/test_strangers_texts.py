@@ -308,6 +308,72 @@ def test_links_and_paths_that_lead_out_of_an_archive(tmp_path):
     assert skipped.problems[0].why.startswith('6 files in it are not read')
 
 
+THREE = {f'labels/{name}.jsonl': json.dumps(NATIVE | {'video_uid': name}).encode() for name in 'abc'}
+
+def outcome(path) -> tuple[list[str], list[str]]:
+    "The recordings that are read, and the errors."
+    entries = list(read_entries(path))
+    return [e.record.video_uid for e in entries if e.record], [str(p) for e in entries for p in e.problems if not p.warning]
+
+
+@pytest.mark.parametrize('pack', [False, True], ids=['tar', 'tgz'])
+@pytest.mark.parametrize('cut', [512, 1023, 1024, 1025, 1300, 1536, 2048, 2500, 3072])
+def test_half_a_tar_archive_is_no_smaller_one(tmp_path, cut, pack):
+    "Each member is a header and a block. Wherever it ends before all of them are there, or right behind the last, that is an error."
+    archive(tmp_path/'a.tar', THREE)
+    content = (tmp_path/'a.tar').read_bytes()
+    assert content[3072:3584] == bytes(512) != content[2560:3072]
+    path = tmp_path/('a.tgz' if pack else 'a.tar')
+    path.write_bytes(gzip.compress(content[:cut]) if pack else content[:cut])
+    read, errors = outcome(path)
+    assert (read, len(errors)) == ([], 1) and errors[0].startswith(f'{path}: not a readable archive')
+    path.write_bytes(gzip.compress(content) if pack else content)
+    assert outcome(path) == (['a', 'b', 'c'], [])
+
+
+@pytest.mark.parametrize('at', [1024, 1024 + 130, 2048 + 150])
+def test_a_damaged_header_in_a_tar_archive(tmp_path, at):
+    archive(tmp_path/'a.tar', THREE)
+    content = bytearray((tmp_path/'a.tar').read_bytes())
+    content[at] ^= 1
+    (tmp_path/'a.tar').write_bytes(content)
+    read, errors = outcome(tmp_path/'a.tar')
+    assert read == [] and f'damaged or cut off at byte {at//512*512}' in errors[0]
+
+
+@pytest.mark.parametrize('name', ['a.tar', 'a.tgz'])
+def test_tar_archives_one_behind_the_other_are_one(tmp_path, name):
+    (first, a), *others = THREE.items()
+    archive(tmp_path/name, {first: a})
+    one = (tmp_path/name).read_bytes()
+    archive(tmp_path/name, dict(others))
+    (tmp_path/name).write_bytes(one + (tmp_path/name).read_bytes())
+    assert outcome(tmp_path/name) == (['a', 'b', 'c'], [])
+    (tmp_path/name).write_bytes(one*2)
+    assert 'holds labels/a.jsonl more than once' in outcome(tmp_path/name)[1][0]
+
+
+def test_two_members_by_one_name_and_two_zip_archives_in_one(tmp_path):
+    with pytest.warns(UserWarning, match='Duplicate name'), zipfile.ZipFile(tmp_path/'a.zip', 'w') as z:
+        for content in THREE.values(): z.writestr('a.jsonl', content)
+    read, errors = outcome(tmp_path/'a.zip')
+    assert read == [] and f'{tmp_path}/a.zip: not a readable archive (holds a.jsonl more than once' in errors[0]
+    archive(tmp_path/'a.zip', THREE)
+    archive(tmp_path/'b.zip', {'b.jsonl': json.dumps(NATIVE).encode()})
+    (tmp_path/'a.zip').write_bytes((tmp_path/'a.zip').read_bytes() + (tmp_path/'b.zip').read_bytes())
+    assert 'belongs to another archive' in outcome(tmp_path/'a.zip')[1][0]
+    (tmp_path/'b.zip').write_bytes(b'#!/bin/sh\n' + (tmp_path/'b.zip').read_bytes())             # one that unpacks itself
+    assert outcome(tmp_path/'b.zip') == (['tea'], [])
+
+
+@pytest.mark.parametrize('name', ['a.tgz', 'a.tar', 'a.zip'])
+@pytest.mark.parametrize('before', ['./', './data/', 'data/./', 'data\\'], ids=['dot', 'dot-data', 'data-dot', 'windows'])
+def test_companions_in_an_archive_of_a_folder(tmp_path, name, before):
+    "As `tar czf labels.tgz .` names its members, and some programs on Windows."
+    archive(tmp_path/name, {f'{before}EPIC_100_train.csv': EPIC.encode(), f'{before}EPIC_100_video_info.csv': INFO})
+    assert [e.record.duration for e in read_entries(tmp_path/name) if e.record] == [60.5, 70.]
+
+
 def test_bombs_are_refused_by_name(tmp_path, monkeypatch):
     for limit in ('LARGEST_UNPACKED', 'ALWAYS_ALLOWED'): monkeypatch.setattr(f'dst_smolvlm.files.{limit}', 2**20)
     zeros = b' '*(3 << 20)
@@ -486,6 +552,12 @@ def test_a_limit_that_is_none(tmp_path, limit):
     (tmp_path/'a.jsonl').write_text(json.dumps(NATIVE))
     with pytest.raises(InputError, match='data.limit=.*must be a whole number of recordings, at least 1, or null'):
         load_records(compose_config(['data=records', f'data.path={tmp_path}', f'data.limit={limit}']).data)
+
+
+@pytest.mark.parametrize('path', ['[a.jsonl]', '5', '{a: b}'])
+def test_a_path_that_is_no_text(path):
+    with pytest.raises(InputError, match='data.path=.*must be the name of one file, folder or archive'):
+        load_records(compose_config(['data=records', f'data.path={path}']).data)
 
 
 def test_holoassist_has_no_limit(): assert compose_config(['data=holoassist']).data.limit is None
