@@ -277,7 +277,7 @@ def move_aside(out:Path):
     ours = (out/'config.yaml').is_file()
     if ours and last_whole_checkpoint(out/'trainer')[0] is None: shutil.rmtree(out/'trainer', ignore_errors=True)
     names = [name for name in RESULTS if name != 'config.yaml']
-    found = [name for name in names if (out/name).exists()]
+    found = [name for name in names if (out/name).is_file() or (out/name).is_dir() and any((out/name).iterdir())]    # the library makes one
     n = next(n for n in itertools.count(1) if not any((out/f'{name}-before-{n}').exists() for name in names))
     for name in found:
         os.replace(out/name, out/f'{name}-before-{n}')
