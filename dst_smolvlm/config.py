@@ -144,12 +144,13 @@ def atomic_write(path, mode:str='w'):
 # %% ../nbs/00_config.ipynb #67686ec3
 def check_outputs(
     outputs: dict,        # what the user calls a file that will be written → its path
-    inputs: dict,         # what the user calls a file or folder that is read → its path, or a list of them; None is none
+    inputs: dict,         # what the user calls a file or folder that is read → its path, or a list; what is no path is none
     within: bool = True,  # nor may it replace a file in a folder that is read
 ):
     "Raises `InputError` where a file that will be written is also read, or is written twice."
     paths_of = lambda given: given if isinstance(given, list | tuple) else [given]
-    read, written = [(name, Path(p)) for name, given in inputs.items() for p in paths_of(given) if p is not None], []
+    read = [(name, Path(p)) for name, given in inputs.items() for p in paths_of(given) if isinstance(p, str | os.PathLike)]
+    written = []
     for name, path in ((name, Path(p)) for name, p in outputs.items()):
         if path.exists() and not (path.is_file() or path.is_dir()): continue                 # a pipe or /dev/null takes what comes
         for other, its in read + written:
@@ -178,7 +179,7 @@ def check_output_dir(cfg: DictConfig, names):
             'context_strategy.dst_file': cfg.context_strategy.get('dst_file'), 'eval.checkpoint': cfg.eval.checkpoint}
     for key in ('predictions', 'checkpoints'): read |= {f'eval.{key}.{name}': path for name, path in (cfg.eval[key] or {}).items()}
     check_outputs({f'output_dir={out}: its {name}': out/name for name in names}, read, within=False)
-    if data and Path(data).is_dir() and Path(data).resolve() in [out.resolve(), *out.resolve().parents]:
+    if isinstance(data, str) and data and Path(data).is_dir() and Path(data).resolve() in [out.resolve(), *out.resolve().parents]:
         raise InputError(f'output_dir={out}: lies in data.path={data}, where all files are read as annotations; name a folder elsewhere')
 
 # %% ../nbs/00_config.ipynb #77e2982a

@@ -8,7 +8,7 @@ __all__ = ['SUFFIXES', 'ARCHIVES', 'LARGEST_FILE', 'LONGEST_LINE', 'LARGEST_UNPA
            'read_text', 'json_lines', 'find_files']
 
 # %% ../nbs/01_files.ipynb #84262fee
-import gzip, io, posixpath, re, shutil, stat, tarfile, tempfile, zipfile, zlib
+import gzip, io, os, posixpath, re, shutil, stat, tarfile, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,7 +17,7 @@ from pathlib import Path
 from .annotation import RecordError, decode_text, encoding_of
 
 # %% ../nbs/01_files.ipynb #9ac59916
-SUFFIXES = ('.json', '.jsonl', '.tsv', '.csv', '.txt')
+SUFFIXES = ('.json', '.jsonl', '.ndjson', '.tsv', '.csv', '.txt')
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz')
 
 @dataclass
@@ -139,13 +139,14 @@ def _in_archive(path: Path) -> Iterator[File | RecordError]:
         found = next((n for n in (name, f'{name}.gz') if members.get(n)), None)
         return found and read_text(members[found], f'{path}/{found}')
     def beside(folder: str, name: str) -> str | None: return text(posixpath.normpath(posixpath.join(folder, name)))
-    skipped = []
+    skipped, near = [], []
     for name in sorted(members):
-        if _suffix(name) not in SUFFIXES and not is_archive(name): continue
         parts = name.split('/')
+        if _near(name) and members[name] and not _hidden(parts): near.append(name)
+        if _suffix(name) not in SUFFIXES and not is_archive(name): continue
         if _hidden(parts) or '..' in parts or not parts[0] or members[name] is None or is_archive(name): skipped.append(name); continue
         yield File(f'{path}/{name}', members[name], partial(beside, posixpath.dirname(name)), named=False)
-    if skipped: yield _not_read(path, skipped)
+    yield from _not_read(path, skipped, near)
 
 def _members(path: Path, allowance: Allowance) -> dict[str, Callable | None]:
     "How to open each member of an archive that is a file, by name; None for links and devices."
@@ -192,11 +193,18 @@ def _tar_file(path: Path) -> io.BufferedIOBase:
 # %% ../nbs/01_files.ipynb #c3192354
 def _hidden(parts: Iterable[str]) -> bool: return any(part.startswith('.') and part.strip('.') or part == '__MACOSX' for part in parts)
 
-def _not_read(path, skipped: list[str]) -> RecordError:
-    more = f' and {len(skipped) - 3} more' if len(skipped) > 3 else ''
-    files = 'one file in it is' if len(skipped) == 1 else f'{len(skipped)} files in it are'
-    why = f'{files} not read (hidden, the twin that a Mac writes, a link, an archive in an archive): ' + ', '.join(skipped[:3]) + more
-    return RecordError(path, why, kind='skipped', warning=True)
+_NEAR = re.compile(r'\.(jsonl?|ndjson|tsv|csv|txt)(\.\d+|\.(bak|old|orig|part)|~)+$|\.(bz2|xz|zst|lz4|7z|rar|xlsx?|ods|parquet)$', re.I)
+
+def _near(name: str) -> bool:
+    "May a file be an annotation in a form that is not read?"
+    return bool(_NEAR.search(_without_gz(name))) or name.lower().endswith('.gz') and not _suffix(name)
+
+def _not_read(path, skipped: list[str], near: list[str]) -> Iterator[RecordError]:
+    for names, why in ((skipped, '(hidden, the twin that a Mac writes, a link, an archive in an archive)'),
+                       (near, f'and may be annotations, whose names end in {", ".join(SUFFIXES)}, also with .gz')):
+        more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+        files = 'one file in it is' if len(names) == 1 else f'{len(names)} files in it are'
+        if names: yield RecordError(path, f'{files} not read {why}: ' + ', '.join(names[:3]) + more, kind='skipped', warning=True)
 
 # %% ../nbs/01_files.ipynb #ea9f7f99
 def find_files(path, leave_out=()) -> Iterator[File | RecordError]:
@@ -209,11 +217,22 @@ def find_files(path, leave_out=()) -> Iterator[File | RecordError]:
     if not found: raise RecordError(path, f'holds no annotation ({", ".join(SUFFIXES)}, also with .gz)', kind='no records')
 
 def _in_folder(folder: Path, leave_out) -> Iterator[File | RecordError]:
-    skipped = []
-    for path in sorted(folder.rglob('*')):
-        if _suffix(path.name) not in SUFFIXES and not is_archive(path.name) or not path.is_file() or path.resolve() in leave_out: continue
+    skipped, near = [], []
+    for path in _below(folder):
         inside = path.relative_to(folder)
+        if _near(path.name) and path.is_file() and not _hidden(inside.parts): near.append(str(inside))
+        if _suffix(path.name) not in SUFFIXES and not is_archive(path.name) or not path.is_file() or path.resolve() in leave_out: continue
         if _hidden(inside.parts): skipped.append(str(inside))
         elif is_archive(path.name): yield from _in_archive(path)
         else: yield file_at(path, named=False)
-    if skipped: yield _not_read(folder, skipped)
+    yield from _not_read(folder, skipped, near)
+
+def _below(folder: Path) -> list[Path]:
+    "All files below a folder in order, also behind links; each folder once, for a link may lead to one of them again."
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen: folders.clear(); continue
+        seen.add(os.path.realpath(place))
+        folders.sort(key=lambda name: (os.path.islink(Path(place, name)), name))
+        found += [Path(place, name) for name in names]
+    return sorted(found)

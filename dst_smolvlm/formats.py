@@ -28,7 +28,8 @@ def seconds_of(value):
     if re.fullmatch(r'[-+]?\d{1,3}(,\d{3})+', text): raise ValueError('may be a decimal comma or one of thousands; write a point')
     number = text.replace(',', '.')
     if re.fullmatch(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?', number): return float(number)
-    if not re.fullmatch(r'\d{1,3}:\d\d:\d\d(\.\d+)?', number): raise ValueError('must be a number of seconds, or a time such as 0:01:02.5')
+    if not re.fullmatch(r'\d{1,3}(:[0-5]\d){2}(\.\d+)?', number):
+        raise ValueError('must be a number of seconds, or a time such as 0:01:02.5')
     h, m, s = number.split(':')
     return 3600*int(h) + 60*int(m) + float(s)
 

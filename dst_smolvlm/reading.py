@@ -16,7 +16,7 @@ from .annotation import RecordError, VideoRecord, parse_json
 from .delimited import Lines, Table, read_header, read_table, split_lines
 from .files import File, find_files, json_lines, read_text
 from .footage import playing_time
-from .formats import Format, Source, find_format, nearly
+from .formats import Format, Source, find_format, name_of, nearly
 from .formats_dst import DST_FORMATS, read_native
 from .formats_proassist import PROASSIST_FORMATS
 from .formats_public import PUBLIC_FORMATS
@@ -33,6 +33,7 @@ class Entry:
     format: str = ''
     record: VideoRecord | None = None
     problems: list[RecordError] = field(default_factory=list)
+    video_uid: str = ''                      # of a recording that could not be used, as far as it is known
 
 # %% ../nbs/01_reading.ipynb #5119a094
 def tabular(text: str) -> Table | Lines:
@@ -49,7 +50,7 @@ def companion(data) -> str:
 # %% ../nbs/01_reading.ipynb #2ef83fe6
 def values_of(file: File) -> Iterator[tuple[str, object]]:
     "(place, value) of everything that a file holds; a `RecordError` stands in for what could not be parsed."
-    if file.suffix == '.jsonl':
+    if file.suffix in ('.jsonl', '.ndjson'):
         for place, line in json_lines(file):
             if isinstance(line, RecordError): yield place, line; continue
             try: yield place, parse_json(line, file.name, place)
@@ -155,7 +156,9 @@ def _entries_of(data, place: str, file: File, source: Source) -> Iterator[Entry]
     for i, part in enumerate(parts):
         entry = Entry(file.name, fmt.name)
         try: entry.record = fmt.read(part, source)
-        except RecordError as e: entry.problems.append(e)
+        except RecordError as e:
+            entry.problems.append(e)
+            entry.video_uid = name_of(part, 'video_uid')
         entry.problems += source.warnings
         source.warnings = []
         entry.problems = [e if e.record or len(parts) == 1 else e.at(f'[{i}]') for e in entry.problems]
@@ -207,6 +210,11 @@ def examine(entry: Entry, place: str, seen: Seen, lengths: Mapping, policy: str,
         entry.problems.append(RecordError(entry.file, why, where, field, value, kind, warning))
     if not record.steps and not record.turns: say('neither steps nor turns', 'empty', warning=False)
     elif not record.steps: say(NO_STEPS, 'no steps', 'steps')
+    for i, step in enumerate(record.steps):
+        for j, (start, stop) in enumerate(step.spans):
+            if start < 0 < stop:
+                why = 'begins before the video, and a negative start means that the step was skipped; write 0 if it was not'
+                say(why, 'starts before the video', f'steps[{i}].spans[{j}]', [start, stop])
     for i, turn in enumerate(record.turns):
         if turn.role == 'system': continue
         if turn.time < 0: say('before the video begins; heard at its first frame', 'turn outside the video', f'turns[{i}].time', turn.time)
@@ -220,7 +228,7 @@ def examine(entry: Entry, place: str, seen: Seen, lengths: Mapping, policy: str,
     for at, time in overruns(record, seconds):
         end = f'the video, {seconds:g} s' + (', and was clipped' if policy == 'clip' else '')
         say(f'runs past the end of {end}', 'past the video', at, time, policy == 'clip')
-    if any(not p.warning for p in entry.problems): entry.record = None
+    if any(not p.warning for p in entry.problems): entry.record, entry.video_uid = None, record.video_uid
     elif policy == 'clip': entry.record = clip_record(record, seconds)
     return entry
 

@@ -18,7 +18,9 @@ class Summary:
     "Counts over entries: per format, and per kind of problem with its first example."
     COLUMNS = ('files', 'records', 'steps', 'turns', 'errors', 'warnings')
 
-    def __init__(self): self.formats, self.kinds, self.first, self.lost, self._files = {}, Counter(), {}, 0, set()   # lost: recordings
+    def __init__(self):
+        self.formats, self.kinds, self.first, self._files = {}, Counter(), {}, set()
+        self.lost = set()                                                # recordings, by name or by a mark of their own
 
     def add(self, entry: Entry):
         "Count an entry."
@@ -26,7 +28,7 @@ class Summary:
         if entry.format not in ('skipped', 'videos'):                    # which speak of a folder
             row['files'] += (entry.format, entry.file) not in self._files
             self._files.add((entry.format, entry.file))
-        self.lost += not record and any(not p.warning for p in entry.problems)
+        if not record and any(not p.warning for p in entry.problems): self.lost.add(entry.video_uid or (entry.file, len(self.lost)))
         if record: row['records'] += 1; row['steps'] += len(record.steps); row['turns'] += len(record.turns)
         for p in entry.problems:
             row['warnings' if p.warning else 'errors'] += 1

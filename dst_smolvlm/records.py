@@ -67,7 +67,7 @@ def load_records(data) -> list[VideoRecord]:
     uids = list(dict.fromkeys(r.video_uid for r, _ in found))
     used = {*uids[:limit]}
     found = [(r, file) for r, file in found if r.video_uid in used]
-    _say('\n'.join([summary_line(data.path, [r for r, _ in found], len(uids) + summary.lost, limit), *kind_lines(summary)]))
+    _say('\n'.join([summary_line(data.path, [r for r, _ in found], len({*uids, *summary.lost}), limit), *kind_lines(summary)]))
     if data.source != 'video': return [r for r, _ in found]
     for r, _ in found:
         if not r.video:

@@ -540,6 +540,54 @@ def test_training_says_what_it_does_not_use(tmp_path, capsys):
     assert [line.split(';')[0] for line in lines[1:-1]] == kinds
 
 
+def test_a_video_with_several_dialogues_is_one_recording(tmp_path, capsys):
+    "Whether some or all of its dialogues are lost, when they are held against their video or before."
+    late = dict(duration=.1)
+    records = [NATIVE, NATIVE | dict(dialogue='b') | late, NATIVE | dict(dialogue='c', fps=-1),
+               *(NATIVE | dict(video_uid='cake', dialogue=d) | late for d in 'ab'), NATIVE | dict(video_uid='egg')]
+    (tmp_path/'a.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    load_records(compose_config(['data=records', 'data.source=replay', f'data.path={tmp_path}', 'data.policy=skip']).data)
+    assert capsys.readouterr().out.split('\n')[0] == f'{tmp_path}: 2 of 3 recordings'
+
+
+@pytest.mark.parametrize('span, warned', [([-.2, 3.], True), ([-1., 0.], False), ([-1., -1.], False), ([0., 3.], False)])
+def test_a_step_that_begins_before_the_video(tmp_path, span, warned):
+    (tmp_path/'a.jsonl').write_text(json.dumps(NATIVE | dict(steps=[dict(id='S1', name='boil', spans=[span])])))
+    record, kinds = one(tmp_path/'a.jsonl')
+    assert record.steps[0].spans == [tuple(span)] and (kinds == ['starts before the video']) == warned
+    if warned: assert f'steps[0].spans[0] = {span}: begins before the video' in said(tmp_path/'a.jsonl')[0]
+
+
+@pytest.mark.parametrize('time', ['00:00:75', '00:99:00', '00:00:60.5'])
+def test_minutes_and_seconds_below_sixty(tmp_path, time):
+    (tmp_path/'a.csv').write_text(EPIC.replace(EPIC.split('\n')[1].split(',')[5], time))
+    assert any('a time such as 0:01:02.5' in line and time in line for line in said(tmp_path/'a.csv'))
+
+
+@pytest.mark.parametrize('name', ['folder', 'a.zip', 'a.tgz'])
+def test_annotations_in_a_form_that_is_not_read_are_listed(tmp_path, name):
+    odd = ['b.json.bz2', 'c.jsonl.1', 'd.xlsx', 'e.csv.bak', 'f.gz', 'g.json~', 'h.jsonl.1.gz']
+    files = {'a.ndjson': json.dumps(NATIVE).encode()} | dict.fromkeys([*odd, 'README.md', 'kitchen.json.mp4', '.x.json.bz2'], b'x')
+    if name == 'folder':
+        (tmp_path/name).mkdir()
+        for n, content in files.items(): (tmp_path/name/n).write_bytes(content)
+    else: archive(tmp_path/name, files)
+    entry, warned = read_entries(tmp_path/name)
+    [problem] = warned.problems
+    assert entry.record.video_uid == 'tea' and problem.warning and problem.kind == 'skipped'
+    assert problem.why.startswith('7 files in it are not read and may be annotations')
+    assert problem.why.endswith(f'{", ".join(odd[:3])} and 4 more')
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    for name in ('in', 'else'): (tmp_path/name).mkdir()
+    (tmp_path/'in'/'a.jsonl').write_text(json.dumps(NATIVE))
+    (tmp_path/'else'/'b.jsonl').write_text(json.dumps(NATIVE | {'video_uid': 'b'}))
+    for link in ('in/1', 'in/2'): os.symlink(tmp_path/'else', tmp_path/link)
+    os.symlink(tmp_path/'in', tmp_path/'else'/'back')
+    assert outcome(tmp_path/'in') == (['b', 'tea'], [])
+
+
 def test_only_the_first_process_says_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('RANK', '1')
     (tmp_path/'a.jsonl').write_text(json.dumps(NATIVE))
