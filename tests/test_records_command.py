@@ -151,7 +151,7 @@ def test_outputs_in_the_folder_that_is_read(tmp_path, capsys):
         assert command(*convert) == 2 and 'remove it first' in capsys.readouterr().err       # as if it were an annotation of the user's
         (tmp_path/'in'/'sub'/'all.jsonl').unlink()
     assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path/'x', '--report', tmp_path/'x') == 2
-    assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path) == 2 and 'is a folder' in capsys.readouterr().err
+    assert command('convert', tmp_path/'in'/'a.jsonl', '--out', tmp_path) == 2 and 'holds PATHS' in capsys.readouterr().err
 
 
 def joined(tmp_path, words, steps) -> tuple[int, dict]:
