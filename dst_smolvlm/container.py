@@ -7,9 +7,10 @@ __all__ = ['write_video', 'source_name', 'open_source', 'picture_stream', 'in_se
            'live_packets', 'file_packets']
 
 # %% ../nbs/00_container.ipynb #a77eecb0
-import errno, math, os, re
+import errno, math, mmap, os, re
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -94,11 +95,21 @@ def _boxes(path) -> Iterator[tuple[bytes, int]]:
             if length < 8: return                                             # 0: to the end of the file
             place += length
 
-def _second_film(where: str, last: int) -> bool:
-    "Whether an MP4 goes on with another film's data behind the `last` byte that was read."
+_SIGNATURES = dict(asf=rb'\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c', flv=rb'FLV\x01[\x00-\x05]\x00\x00\x00\x09',
+                   nut=rb'nut/multimedia container\x00', rm=rb'\.RMF\x00\x00\x00\x12',
+                   wtv=rb'\xb7\xd8\x00\x20\x37\x49\xda\x11\xa6\x4e\x00\x07\xe9\x5e\xad\x8d')
+
+def _second_film(container, last: int) -> bool:
+    "Whether a file goes on with another one; of an MP4, with data behind the `last` byte that was read."
+    kind, where = container.format.name, container.name
     if not where.startswith('file:'): return False                            # an address is not read twice
-    boxes = list(_boxes(where.removeprefix('file:')))
-    return sum(kind == b'moov' for kind, _ in boxes) > 1 and any(kind == b'mdat' and place >= last for kind, place in boxes)
+    path = where.removeprefix('file:')
+    if kind == _OWN[0]:
+        boxes = list(_boxes(path))
+        return sum(kind == b'moov' for kind, _ in boxes) > 1 and any(kind == b'mdat' and place >= last for kind, place in boxes)
+    if kind not in _SIGNATURES: return False
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return len(list(islice(re.finditer(_SIGNATURES[kind], content), 2))) == 2
 
 # %% ../nbs/00_container.ipynb #7bae200a
 _OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the pictures are,
@@ -135,7 +146,7 @@ def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
         raise InputError(f'{name}: cut off after {reached:.1f} s of {float(known):.1f} s')
     joined = 'two recordings were joined; convert the second by itself'
     last_byte = max((b for _, b in places.values()), default=0)
-    if kind == 'flv' and 20*(container.size - last_byte) > container.size or kind == _OWN[0] and _second_film(container.name, last_byte):
+    if _second_film(container, last_byte):
         read = float(known) if own else end - begin
         raise InputError(f'{name}: cannot be read beyond {read:.1f} s, though the file goes on; {joined}')
     for other in container.streams.video if container.format.flags & _ANEW else ():

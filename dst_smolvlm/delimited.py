@@ -17,9 +17,9 @@ def split_lines(text: str) -> list[str]:
     return text.replace('\r\n', '\n').replace('\r', '\n').split('\n')
 
 def delimiter_of(line: str) -> str:
-    "What separates the fields of a line, quotes left aside: a tab if there is one, else comma or semicolon, of which there are more."
+    "What separates the fields of a line, quotes left aside: a tab if there is one, else comma, semicolon or bar, of which there are more."
     bare = re.sub('"[^"]*"', '', line)
-    return '\t' if '\t' in bare else max(',;', key=bare.count)
+    return '\t' if '\t' in bare else max(',;|', key=bare.count)
 
 # %% ../nbs/01_delimited.ipynb #bbe7b3ad
 LONGEST_ROW = 1000      # lines; a quote that is open for longer was never closed
@@ -57,11 +57,18 @@ def _quoted(lines, at, delimiter, width, complete) -> tuple[list[str], int, str]
     except csv.Error as e: fields, wrong = plain, 'a quote is not closed' if 'unexpected end' in str(e) else str(e)
     taken = lines[at:at + rows.line_num]
     if not wrong and len(taken) > 1:
-        swallowed = complete(plain) and any(complete(line.split(delimiter)) for line in taken[1:])
+        swallowed = complete(plain) and any(complete(line := text.split(delimiter)) and _alike(plain, line, width) for text in taken[1:])
         if swallowed or width and len(fields) != width: wrong = 'a quote is not closed'
     if not wrong: return fields, len(taken), ''
     if delimiter == '\t': return [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in plain], 1, ''
     return plain, 1, f'not a row of a table ({wrong})'
+
+def _alike(a: list[str], b: list[str], width: int) -> bool:
+    "Are the fields of two lines of one kind, column by column?"
+    def kind(field): return 'number' if _NUMBER.fullmatch(field.strip(' "')) else 'prose' if field[:1] == ' ' else 'word'
+    return all(kind(x) == kind(y) for x, y, _ in zip(a, b, range(width or len(a))))
+
+_NUMBER = re.compile(r'-?\d+([.,:]\d+)*')          # a clock is one, too
 
 # %% ../nbs/01_delimited.ipynb #fede452e
 @dataclass
@@ -83,10 +90,12 @@ class Lines:
 
 def read_header(lines: list[str]) -> tuple[list[str], str, int]:
     "(columns, delimiter, index of the line after) of the header of a text."
-    at = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    at = next((i for i, line in enumerate(lines) if line.strip() and not _SEPARATOR.fullmatch(line)), len(lines))
     delimiter = delimiter_of(lines[at]) if at < len(lines) else ','
     header = next(read_rows(lines, delimiter, at, complete=lambda fields: False), Row(at, []))
-    return [' '.join(name.split()) for name in header.fields], delimiter, at + header.taken
+    return [' '.join(name.strip('\ufeff').split()) for name in header.fields], delimiter, at + header.taken
+
+_SEPARATOR = re.compile(r'\s*"?sep=[,;|\t]"?\s*')         # the first line of a spreadsheet may say what separates
 
 def read_table(lines: list[str], columns: list[str], delimiter: str, at: int) -> Table:
     "The rows below a header; of columns with one name the first counts."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DONE', 'RESULTS', 'USAGE', 'check_numbers', 'chosen_window', 'check_scoring', 'check_names', 'make_language',
            'wordless_references', 'Entry', 'entries_of', 'missing_rows', 'score_entries', 'videos_of', 'draws_of',
-           'compare_entries', 'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'load_splits',
-           'probe_scenes', 'those_of', 'refuse_if_none', 'keep_thresholds', 'stream_rows', 'in_words', 'warn_of',
-           'evaluate', 'main']
+           'compare_entries', 'write_scores', 'write_page', 'find_checkpoint', 'make_folder', 'claim_folder',
+           'load_splits', 'probe_scenes', 'those_of', 'refuse_if_none', 'keep_thresholds', 'stream_rows', 'in_words',
+           'warn_of', 'evaluate', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #52cd064b
 import json, math, sys, tempfile
@@ -212,6 +212,15 @@ def make_folder(path):
         with tempfile.TemporaryFile(dir=path): pass
     except OSError as e: raise InputError(f'output_dir={path}: nothing can be written there ({e.strerror})') from None
 
+def claim_folder(cfg):
+    "Make the output folder and mark it as one of evaluations; raises `InputError` where somebody else's files have the names of ours."
+    out, mark = Path(cfg.output_dir), Path(cfg.output_dir)/'evaluation'/'config.yaml'
+    foreign = [name for name in RESULTS if (out/name).is_file()]
+    if foreign and not mark.exists():
+        raise InputError(f'output_dir={out}: {foreign[0]} is there already, and of no evaluation; name another folder, or remove it first')
+    make_folder(out)
+    if not mark.exists(): save_config(cfg, mark.parent)            # also if the run is ended before it has scores
+
 def load_splits(cfg) -> tuple[list, list]:
     "The scenes that are scored, and those on which thresholds are tuned."
     test, validation = load_scenes(cfg.data, cfg.eval.split), load_scenes(cfg.data, 'validation')
@@ -289,7 +298,7 @@ def evaluate(cfg, argv=()) -> dict|None:
     test, validation = load_splits(cfg)
     read = {name: read_predictions(path, [s.record for s in test], name) for name, path in (cfg.eval.predictions or {}).items()}
     language = make_language(cfg, [s.record for s in test])
-    make_folder(cfg.output_dir)
+    claim_folder(cfg)
     streamed, tuning = Streamed({}, [], {}), Tuning({}, {}, 'none are used', [])
     if checkpoint: streamed, tuning = stream_rows(cfg, checkpoint, variants, test, validation, ranks)
     if not ranks.is_main_process: return None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ARCHIVES', 'LARGEST_FILE', 'LONGEST_LINE', 'LARGEST_UNPACKED', 'LARGEST_RATIO', 'ALWAYS_ALLOWED',
-           'MOST_MEMBERS', 'UNREADABLE', 'File', 'stem_of', 'is_archive', 'Allowance', 'file_at', 'open_path',
-           'read_text', 'json_lines', 'find_files']
+           'MOST_MEMBERS', 'UNREADABLE', 'File', 'stem_of', 'is_archive', 'located', 'Allowance', 'file_at',
+           'open_path', 'read_text', 'json_lines', 'find_files']
 
 # %% ../nbs/01_files.ipynb #84262fee
 import gzip, io, os, posixpath, re, shutil, stat, tarfile, tempfile, zipfile, zlib
@@ -40,6 +40,11 @@ def stem_of(name: str) -> str:
     return _without_gz(re.split(r'[/\\]', name)[-1]).rsplit('.', 1)[0]
 
 def is_archive(name: str) -> bool: return name.lower().endswith(ARCHIVES)
+
+def located(path) -> str:
+    "Where the system finds the file at a path: links among its folders are followed before a `..` leads up; its own name stays."
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 # %% ../nbs/01_files.ipynb #58463c07
 LARGEST_FILE = 2**29         # bytes; only JSONL, which is read by lines, may be larger

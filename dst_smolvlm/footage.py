@@ -31,7 +31,7 @@ def playing_time(path) -> float:
 
 # %% ../nbs/01_footage.ipynb #0e1b356b
 _FORMATS = ('3g2 3gp asf avi dv dvd flv gxf h264 hevc ismv ivf m4v matroska mjpeg mov mp4 mpeg mpeg1video mpeg2video mpegts mxf nut '
-            'ogv psp rm svcd swf vob vc1 webm wtv yuv4mpegpipe').split()
+            'ogv psp rm svcd vob vc1 webm wtv yuv4mpegpipe').split()
 _SOUND = set('.avif .heic .heif .m4a .m4b .mka .mks .mpo .ra .wma'.split())    # sound, subtitles or stills, in a video's format
 _OTHER = set('.csv .gz .h5 .html .ipynb .json .jsonl .log .md .npy .npz .parquet .pdf .pickle .pkl .pt .py .safetensors .tar .tgz .toml '
              '.tsv .xz .yaml .yml .zip'.split())

@@ -147,6 +147,8 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     tokenizer = tiny_tokenizer(toy_texts())
     try:
         config = tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids('<image>'), tokenizer.pad_token_id, **(cfg or {}))
+        side, unit = config.vision_config.image_size, config.vision_config.patch_size*config.scale_factor
+        if side % unit: raise InputError(f'model.image_size={side}: must be a multiple of {unit}, the side of one visual token')
         model = _build(config, layout := StreamLayout(tokenizer, config.tokens_per_frame), seed)
     except InputError: raise
     except (ValueError, StrictDataclassError) as e: raise InputError(f'model: no model of these sizes: {e}') from None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .annotation import RecordError, VideoRecord, parse_json
 from .delimited import Lines, Table, read_header, read_table, split_lines
-from .files import File, find_files, json_lines, read_text
+from .files import File, find_files, json_lines, located, read_text
 from .footage import playing_time
 from .formats import Format, Source, find_format, name_of, nearly
 from .formats_dst import DST_FORMATS, read_native
@@ -115,7 +115,7 @@ class Seen:
 # %% ../nbs/01_reading.ipynb #e43d5b53
 def compare(record: VideoRecord, seen: Seen, file: str, place: str) -> tuple[VideoRecord | None, list[RecordError]]:
     "The record, by a name that tells it from those before it if there is one, or None if it is one of them; and what is odd."
-    video = os.path.abspath(Path(file).parent/record.video) if record.video else ''
+    video = located(Path(file).parent/record.video) if record.video else ''
     problem = lambda why, kind, field, value, warning=True: RecordError(file, why, place or record.uid, field, value, kind, warning)
     problems, view = [], seen.view(record, video)
     if view != record.view:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from .annotation import RecordError, Step, TimestampToStateConverter, Turn, VideoRecord, parse_json, write_records
 from .config import InputError, atomic_write, check_outputs, run_cli
-from .delimited import read_header, read_table, split_lines
-from .files import file_at, json_lines, open_path, read_text
+from .delimited import Table, read_header, read_table, split_lines
+from .files import file_at, json_lines, located, open_path, read_text
 from .footage import video_lengths
 from .formats import LEVELS, length_of
 from .formats_proassist import is_frame_counts
@@ -111,7 +111,7 @@ def join_entries(words: Iterator[Entry], steps: Iterator[Entry], lengths: Mappin
     by_uid = {}
     for entry in steps:
         if entry.record and entry.record.steps:
-            video = entry.record.video and os.path.abspath(Path(entry.file).parent/entry.record.video)
+            video = entry.record.video and located(Path(entry.file).parent/entry.record.video)
             by_uid.setdefault(entry.record.view_uid, []).append(entry.record.model_copy(update=dict(video=video)))
         if entry.problems: yield Entry(entry.file, entry.format, None, entry.problems)
     for entry in words:
@@ -161,16 +161,29 @@ def read_lengths(path) -> dict[str, float]:
     else:
         names, *rest = read_header(lines := split_lines(text))
         names = [name.lower() for name in names]
-        uid, seconds = (next((name for name in known if name in names), None) for known in (UIDS, SECONDS))
-        if not (uid and seconds):
-            raise InputError(f'{path}: neither JSON, {{video_uid: seconds}}, nor a table with the columns video_uid and duration')
-        rows = read_table(lines, names, *rest).rows
-        wrong = next(((line, row['']) for line, row in rows if '' in row), None)
-        if wrong: raise RecordError(path, wrong[1], f'line {wrong[0]}', kind='not readable')
-        given = {row[uid].strip(): row[seconds] for _, row in rows}
+        given = dict(_tabled_lengths(path, read_table(lines, names, *rest)))
     for name, value in given.items():
         if length_of(value) is None: raise RecordError(path, 'is no number of seconds', name, '', value)
     return {name: length_of(value) for name, value in given.items()}
+
+def _tabled_lengths(path, table: Table) -> Iterator[tuple[str, str]]:
+    "(video_uid, seconds) of the rows of a table; raises an error where these are missing, or are there twice and differ."
+    uid, seconds = (next((name for name in known if name in table.columns), None) for known in (UIDS, SECONDS))
+    if not (uid and seconds):
+        raise InputError(f'{path}: neither JSON, {{video_uid: seconds}}, nor a table with the columns video_uid and duration')
+    for name in (uid, seconds):
+        if table.columns.count(name) > 1: raise InputError(f'{path}: has several columns {name}; keep the one that counts')
+    before = {}
+    for line, row in table.rows:
+        where = dict(record=f'line {line}', kind='not readable')
+        if '' in row: raise RecordError(path, row[''], **where)
+        name, value = row[uid].strip(), row[seconds]
+        if not name: raise RecordError(path, 'names no video', field=uid, value=row[uid], **where)
+        first, now = before.setdefault(name, (line, value)), length_of(value)
+        if now is not None and now != length_of(first[1]):
+            why = f'another length of {name} than in line {first[0]}, which has {first[1].strip()}'
+            raise RecordError(path, why, field=seconds, value=value, **where)
+        yield name, value
 
 # %% ../nbs/01_records.ipynb #69f0c7b9
 class Lengths(Mapping):
@@ -217,7 +230,7 @@ def _filmed(record: VideoRecord, lengths: Lengths) -> VideoRecord:
 
 def _moved(record: VideoRecord, before: Path, after: Path) -> VideoRecord:
     "The record, with the path of its video as seen from another folder."
-    return record.model_copy(update=dict(video=os.path.relpath(before/record.video, after))) if record.video else record
+    return record.model_copy(update=dict(video=os.path.relpath(located(before/record.video), after))) if record.video else record
 
 # %% ../nbs/01_records.ipynb #d79a3c18
 def _check_names(args) -> set[Path]:

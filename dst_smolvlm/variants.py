@@ -95,7 +95,7 @@ def others_of(cfg) -> list[Variant]:
         others.append(Variant(name, what + knows_truth(options), strategy=options))
     for name, path in (cfg.eval.checkpoints or {}).items():
         if not (Path(str(path))/'config.json').is_file(): raise InputError(f'eval.checkpoints.{name}={path}: no checkpoint there')
-        others.append(Variant(name, f'checkpoint {Path(str(path)).parent.name}/{Path(str(path)).name}', checkpoint=str(path)))
+        others.append(Variant(name, f'checkpoint {Path(*Path(str(path)).parts[-2:])}', checkpoint=str(path)))
     return others
 
 # %% ../nbs/12_lineup.ipynb #443aa76b

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import InputError, run_cli
-from .records import Step, Turn, VideoRecord, write_records
+from .records import RecordError, Step, Turn, VideoRecord, read_records, write_records
 from .render import COLOURS, SHAPES, Held, Lying, Part, Passing, all_parts, draw_frame
 from .state import agenda, frame_of, states_at
 from .video import write_video
@@ -302,11 +302,21 @@ def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     return _distract(scene, [p for p in pool if p not in parts])
 
 # %% ../nbs/03_world.ipynb #5d343016
+def _check_sample(out:Path, names):
+    "Raises `InputError` where a file in the folder `out` has one of these names, but is none of an earlier sample's."
+    there = [name for name in names if (out/name).exists()]
+    try: before = read_records(out/'toy.jsonl') if there else []
+    except RecordError: before = []
+    own = {'toy.jsonl', *(r.video for r in before)} if before and all(r.dataset == 'toy' for r in before) else set()
+    if foreign := [name for name in there if name not in own]:
+        raise InputError(f'--out {out}: {foreign[0]} is there already, and of no earlier sample; name another folder, or remove it first')
+
 def build_sample(out, n:int=8, cfg:WorldConfig=WorldConfig(), seed:int=0) -> list[VideoRecord]:
-    "Write `n` short test videos as mp4 and their records as `toy.jsonl` into the folder `out`."
+    "Write `n` short test videos as mp4 and their records as `toy.jsonl` into the folder `out`; replaces nothing but an earlier sample."
     out, records = Path(out), []
-    for i in range(n):
-        scene = make_scene(i, 'test', replace(cfg, max_steps=5), seed)
+    scenes = [make_scene(i, 'test', replace(cfg, max_steps=5), seed) for i in range(n)]
+    _check_sample(out, [f'{scene.record.video_uid}.mp4' for scene in scenes] + ['toy.jsonl'])
+    for scene in scenes:
         name = f'{scene.record.video_uid}.mp4'
         write_video(out/name, render(scene), cfg.fps)
         records.append(scene.record.model_copy(update={'video': name}))

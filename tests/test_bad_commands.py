@@ -61,7 +61,7 @@ def refused(folder, monkeypatch, capsys):
         assert not [word for word in words if word not in line], line
         left = set(folder.rglob('*')) - before
         shutil.rmtree(folder/'out', ignore_errors=True)
-        assert not {p.name for p in left} - {'out', 'config.yaml', 'trainer'}       # none of these is a result
+        assert not {p.name for p in left} - {'out', 'config.yaml', 'evaluation', 'trainer'}       # none of these is a result
     return check
 
 
@@ -86,7 +86,7 @@ def test_a_misspelt_override(refused, override, words): refused(train, ['output_
     ('data.world.part_size=big', ['data.world.part_size=big', 'number']),
     ('data.source=nope', ['data.source=nope', 'toy']),
     ('data.train_videos=0', ['no training video']),
-    ('model.hidden_size=30', ['model', '30']),
+    ('model.hidden_size=30', ['model', '30']), ('model.image_size=30', ['model.image_size=30', 'multiple of 64']),
 ])
 def test_a_bad_value_for_training(refused, override, words): refused(train, [*TRAIN, override], *words)
 

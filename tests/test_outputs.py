@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 
 import processes
-from dst_smolvlm import cache, evaluate, features, records, stream, train
+from dst_smolvlm import cache, evaluate, features, records, stream, train, world
 from dst_smolvlm.model import build_tiny, save_model
 from dst_smolvlm.trace import read_trace
 from dst_smolvlm.video import video_length, write_video
@@ -226,3 +226,20 @@ def test_a_file_is_no_camera(here, checkpoint):
         shutil.copyfile('kitchen.mp4', name)
         trace = streamed(checkpoint, 'trace.json', video=name)
         assert trace.meta['clock'] is None and [f.skipped for f in trace.frames] == [None]*6
+
+
+# Reports and samples
+
+@pytest.mark.parametrize('name', ['report.html', 'leaderboard.md', 'scores.json', 'per_video.json'])
+def test_an_evaluation_replaces_no_page_of_another(refused, checkpoint, name):
+    Path(name).write_text('mine')
+    refused(evaluate, ['output_dir=.', f'eval.checkpoint={checkpoint}', 'data=toy'], name, 'of no evaluation')
+
+
+def test_a_sample_replaces_no_video_of_another(refused):
+    os.mkdir('videos')
+    shutil.copyfile('kitchen.mp4', 'videos/toy-test-0-00003.mp4')
+    refused(world, ['sample', '--out', 'videos'], '--out videos', 'toy-test-0-00003.mp4', 'of no earlier sample')
+    Path('videos/toy-test-0-00003.mp4').unlink()
+    Path('videos/toy.jsonl').write_text('[]')
+    refused(world, ['sample', '--out', 'videos'], '--out videos', 'toy.jsonl')

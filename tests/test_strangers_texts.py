@@ -54,6 +54,25 @@ def test_a_cell_over_two_lines():
     assert names(record) == [('open door', [(1., 2.5)]), ('take the blue plate', [(3., 4.5)]), ('close door', [(5., 6.5)])]
 
 
+@pytest.mark.parametrize('words', ['take\nsalt, pepper, oil, vinegar', 'salt, pepper, oil, vinegar\ntake', 'take\n1, 2, 3, 4\nthen,go,on,now',
+                                   '"one",\r\n"two, or three"'], ids=['list', 'list-first', 'three-lines', 'quotes'])
+def test_a_cell_over_lines_that_have_the_commas_of_a_row(tmp_path, words):
+    rows = [['P1', '0:00:01', '0:00:02', words], ['P1', '0:00:03', '0:00:04', 'stir']]
+    with open(tmp_path/'EPIC_100_mine.csv', 'w', newline='') as f:
+        csv.writer(f).writerows([['video_id', 'start_timestamp', 'stop_timestamp', 'narration'], *rows])
+    record, kinds = one(tmp_path/'EPIC_100_mine.csv')
+    assert record.video_uid == 'P1' and [s.spans for s in record.steps] == [[(1., 2.)], [(3., 4.)]] and kinds == ['no duration']
+    assert record.steps[0].name.split() == words.split()
+
+
+def test_a_quote_that_is_never_closed_takes_no_row_with_it(tmp_path):
+    "Nor if another one comes later."
+    rows = ['P1,0:00:01,0:00:02,"take', 'P1,0:00:03,0:00:04,stir', 'P1,0:00:05,0:00:06,pour"', 'P1,0:00:07,0:00:08,salt']
+    (tmp_path/'EPIC_100_mine.csv').write_text('\n'.join(['video_id,start_timestamp,stop_timestamp,narration', *rows, '']))
+    [entry] = read_entries(tmp_path/'EPIC_100_mine.csv', policy='skip')
+    assert entry.record is None and 'a quote is not closed' in str(entry.problems[0])
+
+
 def test_semicolons_and_decimal_commas(): assert names(one(case('epic-semicolons')/'EPIC_100_mine.csv')[0]) == DOOR[:1]
 
 
@@ -622,6 +641,28 @@ def test_lengths_as_they_come(tmp_path, name, content):
     (tmp_path/name).write_bytes(content)
     assert command('convert', tmp_path/'b.tsv', '--lengths', tmp_path/name, '--out', tmp_path/'out.jsonl') == 0
     assert [r.duration for r in read_records(tmp_path/'out.jsonl')] == [60.5]
+
+
+def test_lengths_that_contradict_each_other(tmp_path, capsys):
+    (tmp_path/'b.tsv').write_text(TABLE)
+    (tmp_path/'a.csv').write_text('video_uid,duration\nb,60.5\nc,3\nb,61\n')
+    assert command('convert', tmp_path/'b.tsv', '--lengths', tmp_path/'a.csv', '--out', tmp_path/'out.jsonl') == 2
+    assert 'line 4: duration = \'61\': another length of b than in line 2, which has 60.5' in capsys.readouterr().err
+    assert not (tmp_path/'out.jsonl').exists()
+
+
+def test_a_linked_folder_names_the_same_videos(tmp_path, monkeypatch):
+    "`..` behind a link leads up from where the link leads to, for the system and for us."
+    monkeypatch.chdir(tmp_path)
+    Path('disk/labels').mkdir(parents=True)
+    Path('disk/labels/a.jsonl').write_text(json.dumps(dict(video_uid='a', dataset='k', duration=3., video='../tea.mp4', steps=[dict(id='S1', name='boil', spans=[[0, 1]])])) + '\n')
+    for place in ('.', 'disk'): Path(place, 'tea.mp4').write_bytes(place.encode())
+    os.symlink('disk/labels', 'linked')
+    command('convert', 'linked/a.jsonl', '--out', 'out.jsonl')
+    assert Path(json.loads(Path('out.jsonl').read_text())['video']).read_bytes() == b'disk'
+    Path('linked/b.jsonl').write_text(Path('linked/a.jsonl').read_text().replace('../tea.mp4', '../../disk/tea.mp4'))
+    assert one('linked/b.jsonl')[0].video == '../../disk/tea.mp4'
+    assert len([e for e in read_entries('disk/labels') if e.record]) == 1                # one recording, by two paths
 
 
 class Videos(dict):
