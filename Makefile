@@ -26,6 +26,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pytest -q -n 2 --dist loadfile tests
 
 lab: $(INSTALLED)

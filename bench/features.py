@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np, psutil, torch
 from safetensors import safe_open
 
-from dst_smolvlm.config import atomic_write, environment, run_cli
-from dst_smolvlm.features import FeatureStore, Video, encode_video, write_tokens
-from dst_smolvlm.model import DSTSmolVLM, DSTSmolVLMConfig
-from dst_smolvlm.records import Step, VideoRecord
-from dst_smolvlm.video import iter_frames, write_video
-from dst_smolvlm.world import make_scene, render_frame
+from dst_smolvlm.core.config import atomic_write, environment, run_cli
+from dst_smolvlm.data.container import write_video
+from dst_smolvlm.data.frames import iter_frames
+from dst_smolvlm.data.schema import Step, VideoRecord
+from dst_smolvlm.model.heads import DSTSmolVLMConfig
+from dst_smolvlm.model.modeling import DSTSmolVLM
+from dst_smolvlm.training.feature_store import FeatureStore, encode_video, write_tokens
+from dst_smolvlm.world.scenes import Video
+from dst_smolvlm.world.toy_world import make_scene, render_frame
 
 SLICE, HIDDEN, TOKENS = 8, 576, (64, 4)
 

@@ -13,9 +13,9 @@ from statistics import median
 import torch
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from dst_smolvlm.config import atomic_write, environment, run_cli
-from dst_smolvlm.heads import published_config
-from dst_smolvlm.int8 import quantize_vision, token_error
+from dst_smolvlm.core.config import atomic_write, environment, run_cli
+from dst_smolvlm.model.heads import published_config
+from dst_smolvlm.model.quantization import quantize_vision, token_error
 
 def tower() -> SmolVLMForConditionalGeneration:
     "SmolVLM2-256M by its published shape, all of its vision tower and next to nothing of its language model."

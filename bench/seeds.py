@@ -9,8 +9,8 @@ different videos.
 import argparse, json
 from pathlib import Path
 
-from dst_smolvlm.config import InputError, atomic_write, run_cli
-from dst_smolvlm.metrics import COLUMNS
+from dst_smolvlm.core.config import InputError, atomic_write, run_cli
+from dst_smolvlm.metrics.scores import COLUMNS
 
 MODEL_ROWS = ('model', 'model_head_only', 'control_grey', 'control_permuted', 'event_order')
 

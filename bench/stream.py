@@ -36,13 +36,13 @@ from statistics import median
 import numpy as np, psutil, torch
 from transformers import DynamicCache
 
-from dst_smolvlm.budget import STRATEGIES, make_strategy
-from dst_smolvlm.config import atomic_write, environment, run_cli
-from dst_smolvlm.log import Segment, say
-from dst_smolvlm.model import build_published, build_tiny
-from dst_smolvlm.runner import BatchStreamRunner, StreamRunner
-from dst_smolvlm.video import frames_to_pixels
-from dst_smolvlm.world import make_scene
+from dst_smolvlm.core.config import atomic_write, environment, run_cli
+from dst_smolvlm.data.frames import frames_to_pixels
+from dst_smolvlm.model.modeling import build_published, build_tiny
+from dst_smolvlm.model.stream_memory import Segment, say
+from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
+from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
+from dst_smolvlm.world.toy_world import make_scene
 
 
 # What a stream decides, by a script

@@ -15,9 +15,10 @@ from time import perf_counter, sleep
 
 import numpy as np, torch
 
-from dst_smolvlm.config import atomic_write, environment, run_cli
-from dst_smolvlm.model import build_tiny
-from dst_smolvlm.video import frames_to_pixels, iter_frames, prefetch, video_length, write_video
+from dst_smolvlm.core.config import atomic_write, environment, run_cli
+from dst_smolvlm.data.container import write_video
+from dst_smolvlm.data.frames import frames_to_pixels, iter_frames, prefetch, video_length
+from dst_smolvlm.model.modeling import build_tiny
 
 
 def timed(run) -> float:

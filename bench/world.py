@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dst_smolvlm.config import atomic_write, compose_config, environment, run_cli
-from dst_smolvlm.dataset import DSTStreamDataset
-from dst_smolvlm.render import COLOURS, _look, _path
+from dst_smolvlm.core.config import atomic_write, compose_config, environment, run_cli
 from dst_smolvlm.train import make_trainer
-from dst_smolvlm.trainer import DSTTrainer, training_arguments
-from dst_smolvlm.world import Scene, WorldConfig, in_hand, make_scene, render_frame
+from dst_smolvlm.training.dataset import DSTStreamDataset
+from dst_smolvlm.training.trainer import DSTTrainer, training_arguments
+from dst_smolvlm.world.render import COLOURS, _look, _path
+from dst_smolvlm.world.toy_world import Scene, WorldConfig, in_hand, make_scene, render_frame
 
 SKIN, SKIN_EDGE, DARK, EDGE = (222, 174, 140), (150, 100, 80), (60, 60, 60), (20, 20, 20)
 

@@ -9,8 +9,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 import processes
-from dst_smolvlm.config import conf_dir
-from dst_smolvlm.model import build_tiny
+from dst_smolvlm.core.config import conf_dir
+from dst_smolvlm.model.modeling import build_tiny
 
 FOLDER = conf_dir()/'accelerate'
 FILES = sorted(p.name for p in FOLDER.glob('*.yaml'))

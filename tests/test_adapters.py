@@ -8,15 +8,18 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 import processes
-from dst_smolvlm import adapters, lora, train
-from dst_smolvlm.adapters import adapt, quantization
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.dataset import DSTStreamDataset, StreamCollator, ToyScenes
-from dst_smolvlm.learning import AdapterConfig, parameter_groups, part_of, part_sizes
-from dst_smolvlm.lora import add_lora, load_adapter, merged, save_adapter
-from dst_smolvlm.model import DSTSmolVLM, build_tiny, load_pretrained, save_model, tiny_config
-from dst_smolvlm.stream import stream_record
-from dst_smolvlm.trainer import DSTTrainer, DSTTrainingArguments
+from dst_smolvlm import train
+from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.model.heads import tiny_config
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, load_pretrained, save_model
+from dst_smolvlm.streaming.session import stream_record
+from dst_smolvlm.training import adapters, lora
+from dst_smolvlm.training.adapters import adapt, quantization
+from dst_smolvlm.training.dataset import DSTStreamDataset, StreamCollator
+from dst_smolvlm.training.lora import add_lora, load_adapter, merged, save_adapter
+from dst_smolvlm.training.parameter_groups import AdapterConfig, parameter_groups, part_of, part_sizes
+from dst_smolvlm.training.trainer import DSTTrainer, DSTTrainingArguments
+from dst_smolvlm.world.scenes import ToyScenes
 from test_interrupted import same_weights, train_until, weights
 
 SMALL = dict(hidden_size=32, layers=2, vision_size=32, image_size=64)

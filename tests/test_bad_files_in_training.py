@@ -9,15 +9,18 @@ from transformers import PrinterCallback, TrainerCallback
 
 import processes
 from dst_smolvlm import features, train
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.dataset import DSTStreamDataset
-from dst_smolvlm.features import write_store
-from dst_smolvlm.model import build_tiny
-from dst_smolvlm.probe import cache_file, count_frames, probe_videos
-from dst_smolvlm.records import VideoRecord, read_records, write_records
-from dst_smolvlm.scenes import DecodeError, ToyScenes, VideoScene, load_scenes, scene_video, split_records
-from dst_smolvlm.trainer import training_arguments
-from dst_smolvlm.video import write_video
+from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.data.container import write_video
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.data.probe import cache_file, count_frames, probe_videos
+from dst_smolvlm.data.schema import VideoRecord, write_records
+from dst_smolvlm.model.modeling import build_tiny
+from dst_smolvlm.training import feature_store
+from dst_smolvlm.training.dataset import DSTStreamDataset
+from dst_smolvlm.training.feature_store import write_store
+from dst_smolvlm.training.trainer import training_arguments
+from dst_smolvlm.world import scenes
+from dst_smolvlm.world.scenes import DecodeError, ToyScenes, VideoScene, load_scenes, scene_video, split_records
 
 CASES = Path(__file__).resolve().parents[2]/'shared'/'cases'
 SMALL = [*(a for a in processes.SMALL if not a.startswith('data')), 'data=records', '++train.per_device_train_batch_size=1',
@@ -259,7 +262,7 @@ def test_a_disk_that_fails_while_it_is_read(data, error, monkeypatch):
             yield frame
     scenes = load_scenes(config(data).data, 'train')
     bad = scenes[0].record.uid
-    monkeypatch.setattr(features, 'iter_frames', failing)
+    monkeypatch.setattr(scenes, 'iter_frames', failing)
     rows = DSTStreamDataset(scenes, build_tiny()[1], 64, dialogues=0, glimpses=0, from_middle=0, max_failed=.01)
     (row,), _, [failed] = rows[0]
     assert (failed.clip, failed.second) == (bad, 7.5) and type(error).__name__ in failed.why and not row['name'].startswith(bad)
@@ -314,7 +317,7 @@ def test_pictures_that_change_their_size(tmp_path, monkeypatch):
     "Each is scaled by itself, in streams and glimpses."
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(64, 64)]*12 + [(48, 96)]*12]
-    monkeypatch.setattr(features.Video, 'frames', lambda self, start=0, stop=None: iter(images[start:stop]))
+    monkeypatch.setattr(scenes.Video, 'frames', lambda self, start=0, stop=None: iter(images[start:stop]))
     steps = [dict(id='S', name='stir', spans=[(1., 9.)])]
     scene = VideoScene(VideoRecord(video_uid='v', dataset='d', duration=11.5, steps=steps), tmp_path/'v.ts')
     assert scene.frames(3, 5).shape == (2, 64, 64, 3) and [f.shape for f in scene.frames(11, 13)] == [(64, 64, 3), (48, 96, 3)]
@@ -339,7 +342,7 @@ def test_probe_is_cached_by_content(data, monkeypatch):
     "An unchanged file is not opened again; a changed one is, and so is one at another rate or that was found wrong."
     records = read_records(data/'records.jsonl')
     pairs, opened = [(r, data/r.video) for r in records], []
-    monkeypatch.setattr('dst_smolvlm.probe.count_frames', lambda path, fps: opened.append(path.name) or count_frames(path, fps))
+    monkeypatch.setattr('dst_smolvlm.data.probe.count_frames', lambda path, fps: opened.append(path.name) or count_frames(path, fps))
     assert probe_videos(pairs + pairs, bar=False) == [] and sorted(opened) == sorted(r.video for r in records)
     opened.clear()
     assert probe_videos(pairs) == [] and not opened
@@ -413,4 +416,4 @@ def test_cameras_without_a_name_are_refused(tmp_path):
     records = [VideoRecord(video_uid='v', dataset='d', duration=2., video=f'{k}.mp4', steps=[dict(id='S', name='stir')]) for k in 'ab']
     for r in records: write_video(tmp_path/r.video, np.zeros((5, 32, 32, 3), np.uint8))
     with pytest.raises(InputError, match='two cameras are told apart by the field view'):
-        features.FeatureStore(tmp_path, 'e', [features.Video(r, tmp_path/r.video) for r in records])
+        feature_store.FeatureStore(tmp_path, 'e', [scenes.Video(r, tmp_path/r.video) for r in records])

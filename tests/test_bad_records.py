@@ -5,9 +5,10 @@ import pytest
 from seeds import COARSE, COOKING, DST, EPIC, GOALSTEP, HOLOASSIST, NATIVE, OBJECTS, TABLE, seed_text
 from test_fuzz_records import put
 
-from dst_smolvlm.config import run_cli
-from dst_smolvlm.reading import read_entries
-from dst_smolvlm.records import RecordError, read_records
+from dst_smolvlm.core.config import run_cli
+from dst_smolvlm.data.ingest import read_entries
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.data.schema import RecordError
 
 KINDS = {'a.jsonl': NATIVE, 'dst.json': DST, 'holoassist.json': HOLOASSIST}
 
@@ -185,6 +186,6 @@ def test_a_level_that_a_format_lacks(tmp_path):
 def test_pipes_and_huge_files_are_not_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path/'pipe.json')
     with pytest.raises(RecordError, match='not a file'): read_records(tmp_path/'pipe.json')
-    monkeypatch.setattr('dst_smolvlm.files.LARGEST_FILE', 1000)
+    monkeypatch.setattr('dst_smolvlm.data.files.LARGEST_FILE', 1000)
     with zipfile.ZipFile(tmp_path/'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('a.json', ' '*1_000_000)
     with pytest.raises(RecordError, match='larger than'): read_records(tmp_path/'bomb.zip')

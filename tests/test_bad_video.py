@@ -2,10 +2,11 @@
 import av, numpy as np, pytest
 from PIL import Image
 
-import dst_smolvlm.container as containers
-import dst_smolvlm.decoding as decoding
-from dst_smolvlm.config import InputError, run_cli
-from dst_smolvlm.video import iter_frames, prefetch, read_frames, video_length, write_video
+import dst_smolvlm.data.container as containers
+import dst_smolvlm.data.decoding as decoding
+from dst_smolvlm.core.config import InputError, run_cli
+from dst_smolvlm.data.container import write_video
+from dst_smolvlm.data.frames import iter_frames, prefetch, read_frames, video_length
 
 
 @pytest.fixture(scope='module')

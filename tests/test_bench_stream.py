@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dst_smolvlm.heads import published_config
-from dst_smolvlm.model import DSTSmolVLM, build_tiny
-from dst_smolvlm.world import make_scene
+from dst_smolvlm.model.heads import published_config
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
+from dst_smolvlm.world.toy_world import make_scene
 
 root = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location('bench_stream', root/'bench'/'stream.py')

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from dst_smolvlm import evaluate
-from dst_smolvlm.model import build_tiny, save_model
+from dst_smolvlm.model.modeling import build_tiny, save_model
 
 root = Path(__file__).parent.parent
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -82,7 +82,7 @@ def test_timeline_widget_moves(tmp_path):
     with jupyterlab(tmp_path/'nbs', tmp_path/'home') as url, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=chromium_args)
         page = browser.new_page(viewport=dict(width=1400, height=1000))
-        assert run_all_cells(page, url('14_timeline.ipynb')) == dict(errors=[], not_run=[])
+        assert run_all_cells(page, url('viz.timeline_widget.ipynb')) == dict(errors=[], not_run=[])
 
         widget = page.locator('.jp-OutputArea-output', has=page.locator('.widget-play')).first
         slider, play = widget.locator('.noUi-handle').first, widget.locator('.widget-play button').first

@@ -7,15 +7,15 @@ import pytest
 
 import processes
 from dst_smolvlm import evaluate
-from dst_smolvlm.compare import make_row, tally_rows
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.dataset import load_scenes
+from dst_smolvlm.core.config import InputError, compose_config
 from dst_smolvlm.evaluate import entries_of, make_language, score_entries
-from dst_smolvlm.model import build_tiny, save_model
-from dst_smolvlm.split import Streamed, stream_scenes
-from dst_smolvlm.trace import oracle_trace
-from dst_smolvlm.variants import variants_of
-from dst_smolvlm.world import Scene, render_frame
+from dst_smolvlm.evaluation.comparison import make_row, tally_rows
+from dst_smolvlm.evaluation.stream_split import Streamed, stream_scenes
+from dst_smolvlm.evaluation.variants import variants_of
+from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.streaming.trace import oracle_trace
+from dst_smolvlm.world.scenes import load_scenes
+from dst_smolvlm.world.toy_world import Scene, render_frame
 
 COMMON = ['data=toy', 'data.validation_videos=1', 'data.test_videos=3', 'eval.max_reply_tokens=2', 'eval.controls=1', 'eval.pictures=0',
           'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1', 'eval.perplexity=false']

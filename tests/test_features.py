@@ -8,12 +8,16 @@ from torch.utils.data import DataLoader
 
 import processes
 from dst_smolvlm import features
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.dataset import load_scenes
-from dst_smolvlm.features import FeatureStore, Video, encoder_fingerprint, file_name, write_store, write_tokens
-from dst_smolvlm.model import DSTSmolVLM, DSTSmolVLMConfig, build_tiny
-from dst_smolvlm.records import VideoRecord, read_records, write_records
-from dst_smolvlm.world import make_scene
+from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.data.schema import VideoRecord, write_records
+from dst_smolvlm.model.heads import DSTSmolVLMConfig
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
+from dst_smolvlm.training import feature_store
+from dst_smolvlm.training.feature_store import FeatureStore, encoder_fingerprint, file_name, write_store, write_tokens
+from dst_smolvlm.world import scenes
+from dst_smolvlm.world.scenes import Video, load_scenes
+from dst_smolvlm.world.toy_world import make_scene
 
 # Nothing here rests on the defaults of conf/.
 MODEL = ['model=tiny', 'model.hidden_size=32', 'model.layers=1', 'model.vision_size=32', 'model.image_size=64', 'train.seed=0']
@@ -206,14 +210,14 @@ def test_large_files_are_known_by_blocks(tmp_path):
     "The first and the last byte count, and the length."
     path = tmp_path/'large'
     path.write_bytes(random.Random(0).randbytes(9*2**20 + 7))
-    known = {features.file_hash(path)}
+    known = {scenes.file_hash(path)}
     for at in (0, -1):
         data = bytearray(path.read_bytes())
         data[at] ^= 1
         (tmp_path/'other').write_bytes(data)
-        known.add(features.file_hash(tmp_path/'other'))
+        known.add(scenes.file_hash(tmp_path/'other'))
     (tmp_path/'other').write_bytes(path.read_bytes()[:-1])
-    assert len(known | {features.file_hash(tmp_path/'other')}) == 4
+    assert len(known | {scenes.file_hash(tmp_path/'other')}) == 4
 
 
 def test_numbers_that_do_not_fit(tmp_path):
@@ -301,7 +305,7 @@ def test_several_dialogues_of_a_video(tmp_path):
         (tmp_path/'records.jsonl').write_text('\n'.join(r.to_json() for r in talks))
         cfg = compose_config([*MODEL, 'data=records', f'data.path={tmp_path/"records.jsonl"}', f'data.source={source}',
                               f'features.path={tmp_path/source}'])
-        store, report = features.build_store(cfg)
+        store, report = feature_store.build_store(cfg)
         assert not report.failed and [store.shape(uid)[0] for uid in store] == ([9] if source == 'video' else [5, 7, 9])
     with pytest.raises(InputError, match='two videos'):
         FeatureStore(tmp_path, 'e', [Video(record, SAMPLE/'toy-test-0-00001.mp4'), Video(record, SAMPLE/record.video)])
@@ -312,7 +316,7 @@ def test_several_dialogues_of_a_video(tmp_path):
 def test_the_frames_of_training(argv):
     "The store holds the very frames that training would encode, under the same names."
     cfg = compose_config([*argv, 'features.toy_videos=2'])
-    videos = {v.record.uid: v for v in features.list_videos(cfg)}
+    videos = {v.record.uid: v for v in feature_store.list_videos(cfg)}
     scenes = load_scenes(cfg.data, 'train')
     for scene in [scenes[i] for i in range(min(2, len(scenes)))]:
         video = videos[scene.record.uid]

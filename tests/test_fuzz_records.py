@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from seeds import FORMATS, OBJECTS, seed_text
 
-from dst_smolvlm.annotation import VideoRecord
-from dst_smolvlm.formats import LEVELS
-from dst_smolvlm.formats_tables import COMPANIONS
-from dst_smolvlm.reading import POLICIES, read_entries
-from dst_smolvlm.records import RecordError, check
+from dst_smolvlm.data.ingest import POLICIES, read_entries
+from dst_smolvlm.data.ingest_summary import check
+from dst_smolvlm.data.readers import LEVELS
+from dst_smolvlm.data.readers_tables import COMPANIONS
+from dst_smolvlm.data.schema import RecordError, VideoRecord
 
 REAL = Path(os.environ.get('DST_REAL', Path(__file__).resolve().parents[2]/'shared'/'real'))
 
@@ -230,7 +230,7 @@ def test_a_large_file_takes_no_more_memory(tmp_path, good):
 
 
 def test_one_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr('dst_smolvlm.files.LONGEST_LINE', 10_000)
+    monkeypatch.setattr('dst_smolvlm.data.files.LONGEST_LINE', 10_000)
     (tmp_path/'a.jsonl').write_text(lines(1, True) + '{"a": "' + 'x'*1_000_000 + '"}\n' + lines(2, True).split('\n')[1])
     entries = list(read_entries(tmp_path/'a.jsonl'))
     assert [bool(e.record) for e in entries] == [True, False, True] and 'line 2: longer than' in str(entries[1].problems[0])

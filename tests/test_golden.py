@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dst_smolvlm import matching, records, state
+from dst_smolvlm.core.states import STATE_NAMES, state_changes
+from dst_smolvlm.data import loading
+from dst_smolvlm.metrics import matching
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,17 +32,17 @@ def test_states(source):
     "The same steps, number of frames and changes of state, and as many cells in each state, on every golden video of a dataset."
     for path in _golden('states*.json'):
         golden = json.loads(path.read_text(encoding='utf-8'))
-        by_uid = {r.video_uid: r for r in records.read_records(_real(FOLDERS[source]))}
+        by_uid = {r.video_uid: r for r in loading.read_records(_real(FOLDERS[source]))}
         for expected in golden['sources'][source]:
             where, record = f"{path.name} {expected['video']}", by_uid[expected['video']]
             states = record.states(golden['fps'])
             changes = [[frame, [[s, int(states[frame, s])] for s in sorted({t.step for t in change})]]
-                       for frame, change in state.state_changes(states).items()]
+                       for frame, change in state_changes(states).items()]
             assert record.duration == expected['duration'], where
             assert len(states) == record.num_frames(golden['fps']) == expected['num_frames'], where
             assert [STEP_OF[source](s) for s in record.steps] == expected['steps'], where
             assert changes == expected['changes'], where
-            assert {name: int((states == i).sum()) for i, name in enumerate(state.STATE_NAMES)} == expected['cells'], where
+            assert {name: int((states == i).sum()) for i, name in enumerate(STATE_NAMES)} == expected['cells'], where
 
 
 def test_matching():

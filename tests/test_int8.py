@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from dst_smolvlm.config import InputError
-from dst_smolvlm.heads import published_config
-from dst_smolvlm.int8 import Int8Linear, int8_weight, quantize_vision, token_error
-from dst_smolvlm.model import build_tiny, save_model
-from dst_smolvlm.video import frames_to_pixels
-from dst_smolvlm.world import make_scene, render_frame
+from dst_smolvlm.core.config import InputError
+from dst_smolvlm.data.frames import frames_to_pixels
+from dst_smolvlm.model.heads import published_config
+from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.model.quantization import Int8Linear, int8_weight, quantize_vision, token_error
+from dst_smolvlm.world.toy_world import make_scene, render_frame
 
 @pytest.fixture(autouse=True)
 def no_grad():

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
 import processes
-from dst_smolvlm import evaluate, model, train
-from dst_smolvlm.trace import read_trace
+from dst_smolvlm import evaluate, train
+from dst_smolvlm.model import modeling
+from dst_smolvlm.streaming.trace import read_trace
 
 # Two steps an epoch: the third is in the middle of the second epoch, where a resumed run has to find its place again. The rate rises.
 FIVE_STEPS = [*processes.SMALL, 'data.train_videos=4', '++train.max_steps=5', '++train.lr_scheduler_type=constant_with_warmup',
@@ -29,12 +30,12 @@ HARD = [*processes.SMALL, '++train.max_steps=10', '++train.lr_scheduler_type=cos
 
 def with_dropout(command, *args):
     "A command whose tiny models drop a tenth of their attention."
-    original = model.tiny_config
+    original = modeling.tiny_config
     def config(*a, **kw):
         made = original(*a, **kw)
         made.text_config.attention_dropout = .1
         return made
-    model.tiny_config = config
+    modeling.tiny_config = config
     command(*args)
 
 

@@ -2,15 +2,15 @@
 import numpy as np
 import pytest
 
-from dst_smolvlm.annotation import Turn
-from dst_smolvlm.budget import STRATEGIES, make_strategy
-from dst_smolvlm.filter import OnlineStateFilter
-from dst_smolvlm.model import build_tiny
-from dst_smolvlm.prompt import StreamLayout
-from dst_smolvlm.variants import CONTROLS, HEAD_ONLY, MODEL, controlled
-from dst_smolvlm.stream import observed, stream_record, stream_records
-from dst_smolvlm.trace import TraceFrame
-from dst_smolvlm.world import make_scene
+from dst_smolvlm.data.schema import Turn
+from dst_smolvlm.evaluation.variants import CONTROLS, HEAD_ONLY, MODEL, controlled
+from dst_smolvlm.model.modeling import build_tiny
+from dst_smolvlm.model.stream_layout import StreamLayout
+from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
+from dst_smolvlm.streaming.session import observed, stream_record, stream_records
+from dst_smolvlm.streaming.state_tracker import OnlineStateFilter
+from dst_smolvlm.streaming.trace import TraceFrame
+from dst_smolvlm.world.toy_world import make_scene
 
 SMALL = dict(summarize_and_drop=dict(summary_max_length=16), recent_frames=dict(num_frames=8), text_long_vision_short=dict(num_frames=8))
 

@@ -6,12 +6,13 @@ import pytest, torch
 
 import processes
 from dst_smolvlm import train
-from dst_smolvlm.adapters import AdapterConfig, adapt
-from dst_smolvlm.config import InputError
-from dst_smolvlm.heads import published_config, tiny_config
-from dst_smolvlm.layers import MicroBatch, activations, autocast
-from dst_smolvlm.memory import estimate_memory
-from dst_smolvlm.model import DSTSmolVLM
+from dst_smolvlm.core.config import InputError
+from dst_smolvlm.model.heads import published_config, tiny_config
+from dst_smolvlm.model.modeling import DSTSmolVLM
+from dst_smolvlm.training.activation_memory import MicroBatch, activations, autocast
+from dst_smolvlm.training.adapters import adapt
+from dst_smolvlm.training.memory_estimate import estimate_memory
+from dst_smolvlm.training.parameter_groups import AdapterConfig
 
 
 def some_256m(text_layers, vision_layers):

@@ -9,14 +9,14 @@ import yaml
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.utils import hub as library_hub
 
-from dst_smolvlm.config import InputError
-from dst_smolvlm.heads import DSTSmolVLMConfig
-from dst_smolvlm.model import DSTSmolVLM, build_tiny, checkpoint_hash, load_pretrained, quiet, save_model
-from dst_smolvlm.prompt import layout_stream
-from dst_smolvlm.rows import pack_rows
-from dst_smolvlm.runner import StreamRunner
-from dst_smolvlm.video import frames_to_pixels
-from dst_smolvlm.world import make_scene, render
+from dst_smolvlm.core.config import InputError
+from dst_smolvlm.data.frames import frames_to_pixels
+from dst_smolvlm.model.heads import DSTSmolVLMConfig
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, checkpoint_hash, load_pretrained, quiet, save_model
+from dst_smolvlm.model.packing import pack_rows
+from dst_smolvlm.model.stream_layout import layout_stream
+from dst_smolvlm.streaming.runner import StreamRunner
+from dst_smolvlm.world.toy_world import make_scene, render
 
 SMALL = dict(hidden_size=32, layers=2, vision_size=32)
 WAYS = [('padded', 0), ('packed', 0), ('packed', 10**6)]

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import processes
-from dst_smolvlm.baselines import stream_oracle
-from dst_smolvlm.budget import STRATEGIES, make_strategy
-from dst_smolvlm.compare import score_all, tally
-from dst_smolvlm.config import compose_config
-from dst_smolvlm.dataset import load_scenes
-from dst_smolvlm.model import build_tiny
-from dst_smolvlm.records import read_records
-from dst_smolvlm.trace import read_trace, write_trace
-from dst_smolvlm.world import make_scene, replay
+from dst_smolvlm.core.config import compose_config
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.evaluation.baselines import stream_oracle
+from dst_smolvlm.evaluation.comparison import score_all, tally
+from dst_smolvlm.model.modeling import build_tiny
+from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
+from dst_smolvlm.streaming.trace import read_trace, write_trace
+from dst_smolvlm.world.scenes import load_scenes
+from dst_smolvlm.world.toy_world import make_scene, replay
 
 REAL = Path(os.environ.get('DST_REAL', '../shared/real'))/'holoassist'
 WORST_IS_ONE = {'cider', 'meteor', 'meteor_exact_stem'}                   # the reference itself does not have 1 there

@@ -3,7 +3,7 @@ import math, os, signal, time
 from functools import partial
 
 import processes
-from dst_smolvlm.pool import run_each
+from dst_smolvlm.core.parallel import run_each
 
 
 def answers(workers):

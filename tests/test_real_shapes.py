@@ -4,13 +4,13 @@ import math
 import pytest, torch
 from transformers import TrainerCallback
 
-from dst_smolvlm.config import compose_config
-from dst_smolvlm.dataset import StreamCollator
-from dst_smolvlm.heads import PUBLISHED, published_config
-from dst_smolvlm.model import DSTSmolVLM, build_published, image_seq_len, load_model
-from dst_smolvlm.prompt import StreamLayout, layout_stream, tiny_tokenizer, toy_texts
-from dst_smolvlm.records import VideoRecord
-from dst_smolvlm.train import DSTTrainer, DSTTrainingArguments
+from dst_smolvlm.core.config import compose_config
+from dst_smolvlm.data.schema import VideoRecord
+from dst_smolvlm.model.heads import PUBLISHED, image_seq_len, published_config
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_published, load_model
+from dst_smolvlm.model.stream_layout import StreamLayout, layout_stream, tiny_tokenizer, toy_texts
+from dst_smolvlm.training.dataset import StreamCollator
+from dst_smolvlm.training.trainer import DSTTrainer, DSTTrainingArguments
 
 STEPS = [dict(id=f'S{i}', name=f'put the {c} star in box {i}', spans=[(.5*i, 3)]) for i, c in enumerate(('red', 'blue', 'green'))]
 RECORD = VideoRecord(video_uid='two frames', dataset='test', duration=.5, goal='sort parts', steps=STEPS,

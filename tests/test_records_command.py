@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from seeds import COARSE, NATIVE, PREPARED
 
-from dst_smolvlm.reading import read_entries
-from dst_smolvlm.records import RecordError, main, read_records
-from dst_smolvlm.video import write_video
+from dst_smolvlm.data.container import write_video
+from dst_smolvlm.data.ingest import read_entries
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.data.schema import RecordError
+from dst_smolvlm.records import main
 
 REAL = Path(os.environ.get('DST_REAL', Path(__file__).resolve().parents[2]/'shared'/'real'))
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f'skipped: no real annotations at {REAL}')

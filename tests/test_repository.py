@@ -7,8 +7,9 @@ import pytest
 from packaging.requirements import Requirement
 
 root = Path(__file__).parent.parent
-notebooks = sorted((root/'nbs').glob('*.ipynb'))
-each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+# in reading order; the index comes last
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(root/'nbs').with_suffix('').as_posix())
 machine_path = re.compile(r'(?<![\w.:/])(?:/(?:root|home|Users|work|tmp|var|opt|usr|mnt)/|[A-Z]:\\\\?\w)|site-packages')
 
 
@@ -20,14 +21,16 @@ def modules(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() fo
 
 def default_exp(path):
     "The module that a notebook exports, or None."
-    found = re.search(r'^#\| *default_exp +(\w+)', '\n'.join(map(source, cells(path))), re.MULTILINE)
+    found = re.search(r'^#\| *default_exp +([\w.]+)', '\n'.join(map(source, cells(path))), re.MULTILINE)
     return found and found[1]
 
 def imported_modules(path):
     "Names of the `dst_smolvlm` modules that a notebook's code imports."
     code = '\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'code')
-    names = re.findall(r'^\s*(?:from|import) +dst_smolvlm\.(\w+)', code, re.MULTILINE)
-    for line in re.findall(r'^\s*from +dst_smolvlm +import +(.+)', code, re.MULTILINE): names += re.findall(r'(\w+)(?: +as +\w+)?', line)
+    names = re.findall(r'^\s*(?:from|import) +dst_smolvlm\.([\w.]+)', code, re.MULTILINE)
+    names = [name for name in names if '.' in name or not (root/'dst_smolvlm'/name).is_dir()]              # a room is no module
+    for room, line in re.findall(r'^\s*from +dst_smolvlm(?:\.(\w+))? +import +(.+)', code, re.MULTILINE):       # modules, not names
+        names += [f'{room}.{name}' if room else name for name in re.findall(r'(\w+)(?: +as +\w+)?', line)]
     return set(names)
 
 def output_text(cell):
@@ -75,7 +78,8 @@ def test_no_path_of_a_machine(path):
 
 def test_no_import_from_a_later_notebook():
     order = {default_exp(p): i for i, p in enumerate(notebooks)}
-    wrong = [f'{p.name} imports {name}' for i, p in enumerate(notebooks) for name in sorted(imported_modules(p)) if order.get(name, i) >= i]
+    wrong = [f'{p.parent.name}/{p.name} imports {name}' for i, p in enumerate(notebooks) for name in sorted(imported_modules(p))
+             if order.get(name, i) >= i]
     assert not wrong
 
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dst_smolvlm.records import read_records
-from dst_smolvlm.video import read_frames
-from dst_smolvlm.world import build_sample
+from dst_smolvlm.data.frames import read_frames
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.world.toy_world import build_sample
 
 data = Path(__file__).parent.parent/'data'
 

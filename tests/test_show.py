@@ -5,16 +5,16 @@ from pathlib import Path
 import av, numpy as np, pytest
 from processes import start
 
-import dst_smolvlm.container as containers
-import dst_smolvlm.decoding as decoding
-import dst_smolvlm.screen as screens
-import dst_smolvlm.show as show
-from dst_smolvlm.config import InputError
-from dst_smolvlm.lanes import SPEAK, STATE_COLORS
-from dst_smolvlm.screen import LaneStrip, Screen, fit_image
-from dst_smolvlm.show import VideoWriter, open_window, replay, source_address
-from dst_smolvlm.trace import example_trace
-from dst_smolvlm.video import iter_frames, prefetch, read_frames, video_length
+import dst_smolvlm.data.container as containers
+import dst_smolvlm.data.decoding as decoding
+import dst_smolvlm.viz.live_view as screens
+import dst_smolvlm.viz.video_output as show
+from dst_smolvlm.core.config import InputError
+from dst_smolvlm.data.frames import iter_frames, prefetch, read_frames, video_length
+from dst_smolvlm.streaming.trace import example_trace
+from dst_smolvlm.viz.live_view import LaneStrip, Screen, fit_image
+from dst_smolvlm.viz.timeline_plot import SPEAK, STATE_COLORS
+from dst_smolvlm.viz.video_output import VideoWriter, open_window, replay, source_address
 
 HALF = dict(speak=.5, update=.5)
 GREY = np.full((48, 64, 3), 90, np.uint8)

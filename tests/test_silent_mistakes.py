@@ -10,12 +10,13 @@ from transformers import PrinterCallback
 
 import processes
 from dst_smolvlm import train
-from dst_smolvlm.dataset import DSTStreamDataset, StreamCollator, ToyScenes, model_inputs
-from dst_smolvlm.loss import PARTS, multitask_loss
-from dst_smolvlm.model import build_tiny
-from dst_smolvlm.stream import stream_record
-from dst_smolvlm.trainer import DSTTrainer, DSTTrainingArguments
-from dst_smolvlm.world import WorldConfig
+from dst_smolvlm.model.modeling import build_tiny
+from dst_smolvlm.streaming.session import stream_record
+from dst_smolvlm.training.dataset import DSTStreamDataset, StreamCollator, model_inputs
+from dst_smolvlm.training.losses import PARTS, multitask_loss
+from dst_smolvlm.training.trainer import DSTTrainer, DSTTrainingArguments
+from dst_smolvlm.world.scenes import ToyScenes
+from dst_smolvlm.world.toy_world import WorldConfig
 
 WORLD = WorldConfig(min_steps=2, max_steps=2, min_carry=3, max_carry=4, min_idle=2, max_idle=3, mistakes=0, questions=0)
 SCENE = ToyScenes('train', 1, 0, WORLD)

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np, pytest
 
 from dst_smolvlm import features, records, stream, train
-from dst_smolvlm.dataset import VideoScene
-from dst_smolvlm.model import build_tiny, save_model
-from dst_smolvlm.records import read_records
-from dst_smolvlm.trace import read_trace
-from dst_smolvlm.video import iter_frames, video_length
+from dst_smolvlm.data.frames import iter_frames, video_length
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.streaming.trace import read_trace
+from dst_smolvlm.world.scenes import VideoScene
 
 CASES = Path(os.environ.get('DST_CASES', Path(__file__).resolve().parents[2]/'shared'/'cases'))
 FRAMES = {'audio-longer-mkv/videos/P90_01.mkv': 8, 'two-video-streams/videos/P90_01.mp4': 8, 'one-bad-video/videos/P90_02.webm': 8,

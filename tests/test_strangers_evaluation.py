@@ -7,22 +7,24 @@ import numpy as np
 import pytest
 
 import processes
-from dst_smolvlm import evaluate, perplexity, sweeps
-from dst_smolvlm.annotation import Step, Turn, VideoRecord
-from dst_smolvlm.bootstrap import resample
-from dst_smolvlm.compare import make_row, tally_rows
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.dataset import load_scenes
-from dst_smolvlm.lanes import timeline_figure
-from dst_smolvlm.language_metrics import Idf, cider, load_encoder
-from dst_smolvlm.language_proassist import ptb_tokens
-from dst_smolvlm.matching import match_predictions, speaking_metrics, window_of
-from dst_smolvlm.metrics import Language
-from dst_smolvlm.model import build_tiny, save_model
-from dst_smolvlm.report import figure_html, png_uri
-from dst_smolvlm.thresholds import bin_frames, f1_figure, pr_curve, pr_figure, reliability_figure
-from dst_smolvlm.trace import oracle_trace, trace_from_states
-from dst_smolvlm.world import build_sample
+from dst_smolvlm import evaluate
+from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.data.schema import Step, Turn, VideoRecord
+from dst_smolvlm.evaluation import threshold_curves
+from dst_smolvlm.evaluation.comparison import make_row, tally_rows
+from dst_smolvlm.evaluation.report import figure_html, png_uri
+from dst_smolvlm.metrics import perplexity
+from dst_smolvlm.metrics.bootstrap import resample
+from dst_smolvlm.metrics.matching import match_predictions, speaking_metrics, window_of
+from dst_smolvlm.metrics.scores import Language
+from dst_smolvlm.metrics.text import Idf, cider, load_encoder
+from dst_smolvlm.metrics.text_proassist import ptb_tokens
+from dst_smolvlm.metrics.thresholds import bin_frames, f1_figure, pr_curve, pr_figure, reliability_figure
+from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.streaming.trace import oracle_trace, trace_from_states
+from dst_smolvlm.viz.timeline_plot import timeline_figure
+from dst_smolvlm.world.scenes import load_scenes
+from dst_smolvlm.world.toy_world import build_sample
 
 CASES = Path(os.environ.get('DST_CASES', Path(__file__).resolve().parents[2]/'shared'/'cases'))
 COMMON = ['data=toy', 'data.validation_videos=1', 'data.test_videos=3', 'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1']
@@ -111,7 +113,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_score(tmp_path, monkeypatch):
     def broken(rows):
         assert all((tmp_path/'out'/name).is_file() for name in ('scores.json', 'per_video.json', 'leaderboard.md'))
         raise ValueError('Locator attempting to generate <too many> ticks')
-    monkeypatch.setattr(sweeps, 'f1_figure', broken)
+    monkeypatch.setattr(threshold_curves, 'f1_figure', broken)
     evaluate.main([*COMMON, f'output_dir={tmp_path/"out"}', f'eval.predictions.other={tmp_path/"other.jsonl"}'])
     page = (tmp_path/'out'/'report.html').read_text()
     assert 'speaking: F1 over the threshold (ValueError: Locator attempting to generate &lt;too many&gt; ticks)' in page
@@ -413,10 +415,10 @@ def test_a_failed_video_is_heard_of_by_every_process(kitchen, tmp_path):
 
 
 def test_a_disk_that_is_full_is_no_videos_fault(kitchen, tmp_path, monkeypatch):
-    from dst_smolvlm import split
+    from dst_smolvlm.evaluation import stream_split
     options, _ = film(kitchen, tmp_path/'films')
     def full(*args): raise OSError(28, 'No space left on device', 'traces')
-    monkeypatch.setattr(split, 'write_trace', full)
+    monkeypatch.setattr(stream_split, 'write_trace', full)
     with pytest.raises(InputError, match='No space left on device'): evaluate.evaluate(compose_config([*options, *GIVEN]))
     assert not (tmp_path/'films'/'out'/'scores.json').exists()
 

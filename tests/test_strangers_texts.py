@@ -6,10 +6,12 @@ import pytest
 from seeds import COOKING, DST, EGOEXO, EPIC, GOALSTEP, HOLOASSIST, MISTAKES, NATIVE, PREPARED, TABLE
 from test_fuzz_records import put
 
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.delimited import read_header, read_table, split_lines
-from dst_smolvlm.reading import read_entries
-from dst_smolvlm.records import RecordError, load_records, main, read_records
+from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.data.delimited import read_header, read_table, split_lines
+from dst_smolvlm.data.ingest import read_entries
+from dst_smolvlm.data.loading import load_records, read_records
+from dst_smolvlm.data.schema import RecordError
+from dst_smolvlm.records import main
 
 CASES = Path(os.environ.get('DST_CASES', Path(__file__).resolve().parents[2]/'shared'/'cases'))
 
@@ -54,8 +56,10 @@ def test_a_cell_over_two_lines():
     assert names(record) == [('open door', [(1., 2.5)]), ('take the blue plate', [(3., 4.5)]), ('close door', [(5., 6.5)])]
 
 
-@pytest.mark.parametrize('words', ['take\nsalt, pepper, oil, vinegar', 'salt, pepper, oil, vinegar\ntake', 'take\n1, 2, 3, 4\nthen,go,on,now',
-                                   '"one",\r\n"two, or three"'], ids=['list', 'list-first', 'three-lines', 'quotes'])
+@pytest.mark.parametrize('words', [
+    'take\nsalt, pepper, oil, vinegar',
+    'salt, pepper, oil, vinegar\ntake', 'take\n1, 2, 3, 4\nthen,go,on,now', '"one",\r\n"two, or three"'],
+    ids=['list', 'list-first', 'three-lines', 'quotes'])
 def test_a_cell_over_lines_that_have_the_commas_of_a_row(tmp_path, words):
     rows = [['P1', '0:00:01', '0:00:02', words], ['P1', '0:00:03', '0:00:04', 'stir']]
     with open(tmp_path/'EPIC_100_mine.csv', 'w', newline='') as f:
@@ -394,7 +398,7 @@ def test_companions_in_an_archive_of_a_folder(tmp_path, name, before):
 
 
 def test_bombs_are_refused_by_name(tmp_path, monkeypatch):
-    for limit in ('LARGEST_UNPACKED', 'ALWAYS_ALLOWED'): monkeypatch.setattr(f'dst_smolvlm.files.{limit}', 2**20)
+    for limit in ('LARGEST_UNPACKED', 'ALWAYS_ALLOWED'): monkeypatch.setattr(f'dst_smolvlm.data.files.{limit}', 2**20)
     zeros = b' '*(3 << 20)
     (tmp_path/'a.json.gz').write_bytes(gzip.compress(zeros))
     (tmp_path/'b.jsonl.gz').write_bytes(gzip.compress(zeros))
@@ -655,7 +659,8 @@ def test_a_linked_folder_names_the_same_videos(tmp_path, monkeypatch):
     "`..` behind a link leads up from where the link leads to, for the system and for us."
     monkeypatch.chdir(tmp_path)
     Path('disk/labels').mkdir(parents=True)
-    Path('disk/labels/a.jsonl').write_text(json.dumps(dict(video_uid='a', dataset='k', duration=3., video='../tea.mp4', steps=[dict(id='S1', name='boil', spans=[[0, 1]])])) + '\n')
+    record = dict(video_uid='a', dataset='k', duration=3., video='../tea.mp4', steps=[dict(id='S1', name='boil', spans=[[0, 1]])])
+    Path('disk/labels/a.jsonl').write_text(json.dumps(record) + '\n')
     for place in ('.', 'disk'): Path(place, 'tea.mp4').write_bytes(place.encode())
     os.symlink('disk/labels', 'linked')
     command('convert', 'linked/a.jsonl', '--out', 'out.jsonl')

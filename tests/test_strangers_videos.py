@@ -6,14 +6,14 @@ from pathlib import Path
 import av, numpy as np, pytest
 from PIL import Image
 
-from dst_smolvlm.annotation import RecordError, VideoRecord
-from dst_smolvlm.config import InputError
-from dst_smolvlm.features import Video
-from dst_smolvlm.footage import find_videos, playing_time, video_lengths
-from dst_smolvlm.picture import lay
-from dst_smolvlm.probe import count_frames
+from dst_smolvlm.core.config import InputError
+from dst_smolvlm.data.display import lay
+from dst_smolvlm.data.frames import frames_to_pixels, iter_frames, last_picture, read_frames, video_length
+from dst_smolvlm.data.probe import count_frames
+from dst_smolvlm.data.schema import RecordError, VideoRecord
+from dst_smolvlm.data.video_files import find_videos, playing_time, video_lengths
 from dst_smolvlm.records import main as records
-from dst_smolvlm.video import frames_to_pixels, iter_frames, last_picture, read_frames, video_length
+from dst_smolvlm.world.scenes import Video
 
 CASES = Path(os.environ.get('DST_CASES', Path(__file__).resolve().parents[2]/'shared'/'cases'))
 

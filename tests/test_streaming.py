@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from dst_smolvlm.annotation import Step, VideoRecord, write_records
-from dst_smolvlm.budget import POSITIONS, STRATEGIES, BaseContextStrategy, Continuation, make_strategy, register
-from dst_smolvlm.config import InputError, environment
-from dst_smolvlm.heads import decision_tokens, tiny_config
-from dst_smolvlm.model import DSTSmolVLM, build_tiny
-from dst_smolvlm.prompt import StreamLayout, tiny_tokenizer, toy_texts
-from dst_smolvlm.runner import BatchStreamRunner, StreamRunner
+from dst_smolvlm.core.config import InputError, environment
+from dst_smolvlm.data.schema import Step, VideoRecord, write_records
+from dst_smolvlm.model.heads import decision_tokens, tiny_config
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
+from dst_smolvlm.model.stream_layout import StreamLayout, tiny_tokenizer, toy_texts
+from dst_smolvlm.streaming.context_strategies import POSITIONS, STRATEGIES, BaseContextStrategy, Continuation, make_strategy, register
+from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
 
 SMALL = dict(hidden_size=32, layers=2, vision_size=32, vision_layers=1, image_size=16, scale_factor=2)
 NAMES = ['put the red circle in box 2', 'put the blue star in box 1', 'put the green square in box 3']
@@ -519,7 +519,7 @@ def test_what_was_said_in_between_is_heard_once(tiny):
 
 def test_filter_off_and_on(tiny):
     "With it the state is the filter's, causal and from the pointer alone; without, head 4's at the frames that head 2 chooses."
-    from dst_smolvlm.filter import OnlineStateFilter
+    from dst_smolvlm.streaming.state_tracker import OnlineStateFilter
     results = [start(tiny, filter_options=options, speak_threshold=2.) for options in (None, {}, dict(begin=-3., undo_frames=0))]
     for runner in results: runner.results = [runner.push(image) for image in film(13, 30)]
     off, *on = results

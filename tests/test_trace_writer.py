@@ -4,9 +4,9 @@ import os, resource, signal, time
 import numpy as np, psutil, pytest
 
 import processes
-from dst_smolvlm import trace
-from dst_smolvlm.config import InputError
-from dst_smolvlm.trace import Trace, TraceFrame, TraceWriter, example_trace, read_trace, write_trace
+from dst_smolvlm.core.config import InputError
+from dst_smolvlm.streaming import trace
+from dst_smolvlm.streaming.trace import Trace, TraceFrame, TraceWriter, example_trace, read_trace, write_trace
 
 
 def make_frame(i, S=3, **more):

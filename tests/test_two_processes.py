@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 
 import processes
 from dst_smolvlm import train
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.model import load_model
+from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.model.modeling import load_model
 from dst_smolvlm.train import make_trainer
-from dst_smolvlm.trainer import training_arguments
+from dst_smolvlm.training.trainer import training_arguments
 
 # Four steps of four videos, so that the second half of the run is in the second epoch. Plain SGD: Adam would make much of a rounding error.
 FOUR_STEPS = [*processes.SMALL, 'data.train_videos=8', '++train.max_steps=4', '++train.optim=sgd', '++train.learning_rate=.02',

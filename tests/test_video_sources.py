@@ -6,10 +6,10 @@ from pathlib import Path
 import av, numpy as np, pytest
 from PIL import Image
 
-import dst_smolvlm.decoding as decoding
-import dst_smolvlm.video as video
-from dst_smolvlm.config import InputError
-from dst_smolvlm.video import iter_frames, prefetch, read_frames, video_length
+import dst_smolvlm.data.decoding as decoding
+import dst_smolvlm.data.frames as video
+from dst_smolvlm.core.config import InputError
+from dst_smolvlm.data.frames import iter_frames, prefetch, read_frames, video_length
 
 
 def picture(i, size=(48, 64)):

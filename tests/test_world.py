@@ -9,15 +9,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
-from dst_smolvlm.config import InputError, compose_config
-from dst_smolvlm.dataset import DSTStreamDataset, ToyScenes, load_glimpse_scenes, load_scenes
-from dst_smolvlm.baselines import baseline_trace
-from dst_smolvlm.metrics import score_traces
-from dst_smolvlm.model import build_tiny
-from dst_smolvlm.records import Step, VideoRecord, read_records, write_records
-from dst_smolvlm.render import COLOURS, SHAPES, Part, draw_noise
-from dst_smolvlm.state import IN_PROGRESS, frame_of
-from dst_smolvlm.world import LIMITS, SPLITS, Scene, WorldConfig, in_hand, make_scene, render, render_frame, replay
+from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.core.states import IN_PROGRESS, frame_of
+from dst_smolvlm.data.loading import read_records
+from dst_smolvlm.data.schema import Step, VideoRecord, write_records
+from dst_smolvlm.evaluation.baselines import baseline_trace
+from dst_smolvlm.metrics.scores import score_traces
+from dst_smolvlm.model.modeling import build_tiny
+from dst_smolvlm.training.dataset import DSTStreamDataset
+from dst_smolvlm.world.render import COLOURS, SHAPES, Part, draw_noise
+from dst_smolvlm.world.scenes import ToyScenes, load_glimpse_scenes, load_scenes
+from dst_smolvlm.world.toy_world import LIMITS, SPLITS, Scene, WorldConfig, in_hand, make_scene, render, render_frame, replay
 
 root = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location('bench_world', root/'bench'/'world.py')
