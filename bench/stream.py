@@ -39,7 +39,7 @@ from transformers import DynamicCache
 from dst_smolvlm.core.config import atomic_write, environment, run_cli
 from dst_smolvlm.data.frames import frames_to_pixels
 from dst_smolvlm.model.modeling import build_published, build_tiny
-from dst_smolvlm.model.stream_memory import Segment, say
+from dst_smolvlm.model.stream_memory import Segment, generate_turn
 from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
 from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
 from dst_smolvlm.world.toy_world import make_scene
@@ -51,7 +51,7 @@ class Replay:
     "In place of a stream's filter: it replays given states."
     def __init__(self, states): self.states = iter(states)
     def __call__(self, pointer): return next(self.states)
-    def restart(self, told): pass
+    def restart(self, previous_state): pass
 
 class SpeakAt:
     "In place of a threshold, with which the probability is compared once a frame: it is reached at given frames, and never elsewhere."
@@ -61,7 +61,7 @@ class SpeakAt:
         return self.frame in self.frames
 
 def script(stream, states, speaks):
-    stream.filter, stream.speak_threshold = Replay(states), SpeakAt(speaks)
+    stream.tracker, stream.speak_threshold = Replay(states), SpeakAt(speaks)
 
 def tiny():
     "The tiny model, whose replies do not end before they are as long as they may be: what it says changes no time."
@@ -144,7 +144,7 @@ def grown(model, layout, tokens:int, **options) -> StreamRunner:
     script(runner.stream, *life(4*tokens, len(scene.record.steps)))
     i = 0
     while tokens - runner.memory.length > 40 or runner.memory.unread: runner.push(frames[i % len(frames)]); i += 1
-    script(runner.stream, np.tile(runner.told, (10**4, 1)), set())                     # from now on silent
+    script(runner.stream, np.tile(runner.previous_state, (10**4, 1)), set())                     # from now on silent
     while runner.memory.length < tokens: runner.push(frames[i % len(frames)]); i += 1
     if (runner.memory.length, runner.memory.unread) != (tokens, 0): raise AssertionError(f'{runner.memory.length} tokens')
     return runner
@@ -157,7 +157,7 @@ def without_cache(model, memory, image):
     embeds = model.embed(torch.tensor([ids]), torch.cat([s.tokens for s in memory.segments if s.tokens is not None] + [tokens]))
     hidden = model.model.text_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     steps = model.step_memory(hidden, embeds, torch.tensor([memory.prompt.step_spans]))
-    out = model.decide(hidden[:, -1:], tokens[None], steps, torch.from_numpy(memory.told[None, None].astype(np.int64)))
+    out = model.decide(hidden[:, -1:], tokens[None], steps, torch.from_numpy(memory.previous_state[None, None].astype(np.int64)))
     return [out[f'{key}_logits'].softmax(-1)[0, 0].numpy() for key in ('speak', 'update', 'state', 'pointer')]
 
 def cache_vs_reencode(repeats:int, quick:bool):
@@ -196,7 +196,7 @@ def replies(model, layout, tokens:int, words:int) -> dict:
     past = [i for s in memory.segments for i in s.ids]
     opening, never = layout.assistant_open, [*layout.never_said]
     cache = DynamicCache()
-    with torch.inference_mode(): model.feed(past, cache, torch.cat([s.tokens for s in memory.segments if s.tokens is not None]))
+    with torch.inference_mode(): model.prefill(past, cache, torch.cat([s.tokens for s in memory.segments if s.tokens is not None]))
     ids = torch.tensor([past + opening])
     options = dict(max_new_tokens=words, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=layout.end_id, suppress_tokens=never)
     def uncut():
@@ -209,7 +209,7 @@ def replies(model, layout, tokens:int, words:int) -> dict:
     def loop(): return model.fast_greedy_generate(opening, uncut(), layout.end_id, words, never)[0]
     def stream():
         rewind(memory, length, segments)
-        return model.run(say(memory, 'assistant', opening, layout, words), layout)
+        return model.run(generate_turn(memory, 'assistant', opening, layout, words), layout)
     return dict(generate=generate, loop=loop, stream=stream)
 
 def loop_vs_generate(repeats:int, quick:bool):
@@ -331,7 +331,7 @@ def frame_share(repeats:int, quick:bool):
     model, layout = build_published('256M', tokens_per_frame=4)
     scene = make_scene(3, 'test')
     image = enlarged(scene.frames()[5], 512)
-    runner = StreamRunner(model.eval(), layout, **task(scene), filter_options=None, update_threshold=2., speak_threshold=2.)
+    runner = StreamRunner(model.eval(), layout, **task(scene), tracker_options=None, update_threshold=2., speak_threshold=2.)
     runner.push(image)
     fill(runner.memory, layout, 512)
     length, segments = runner.memory.length, len(runner.memory.segments)
@@ -339,7 +339,7 @@ def frame_share(repeats:int, quick:bool):
     for _ in range(2 if quick else 1 + repeats):
         rewind(runner.memory, length, segments)
         with parts_of(model) as parts: total = clock(lambda: runner.push(image))
-        word = clock(lambda: model.run(say(runner.memory, 'assistant', layout.assistant_open, layout, 5), layout))
+        word = clock(lambda: model.run(generate_turn(runner.memory, 'assistant', layout.assistant_open, layout, 5), layout))
         for name, s in dict(vision=parts['vision'], prefill=parts['language model'], decode=word/5, heads=parts['heads'],
                             rest=total - sum(parts.values())).items(): spent[name].append(s)
     rewind(runner.memory, length, segments)
@@ -416,7 +416,7 @@ def fill(memory, layout, length:int):
     cache.positions[row, n:end] = np.arange(n, end)
     cache.lengths[row] = cache.next_position[row] = end
 
-SILENT = dict(filter_options=None, update_threshold=2., max_reply_tokens=8)
+SILENT = dict(tracker_options=None, update_threshold=2., max_reply_tokens=8)
 
 def build(size:str, tokens_per_frame:int, device:str):
     "A shape with random weights in bfloat16, the heads in float32."

@@ -60,7 +60,7 @@ def one_pass(T: int, repeats: int) -> dict:
     "Frame samples, four to a batch, against one row of T frames."
     model, layout = build_tiny()
     world = WorldConfig(min_steps=1, max_steps=2, max_carry=4, min_idle=1, max_idle=4, mistakes=0., length=T)
-    streams = DSTStreamDataset(ToyScenes('train', 1, 0, world), layout, 64, from_middle=0, dialogues=0, glimpses=0)
+    streams = DSTStreamDataset(ToyScenes('train', 1, 0, world), layout, 64, from_middle=0, dialogues=0, auxiliary_samples=0)
     collate, singles = StreamCollator(layout.tokenizer.pad_token_id), DSTFrameDataset(streams)
     whole, samples = collate([streams[0]]), [singles[t] for t in range(len(singles))]
     assert len(samples) == T
@@ -77,7 +77,7 @@ def features(folder, repeats: int) -> dict:
     scenes = ToyScenes('train', 1, 0, world)
     store, _ = write_store(model, [scene_video(s) for s in scenes], folder)
     collate = StreamCollator(layout.tokenizer.pad_token_id)
-    options = dict(from_middle=0, dialogues=0, glimpses=0)
+    options = dict(from_middle=0, dialogues=0, auxiliary_samples=0)
     pixels, stored = (DSTStreamDataset(scenes, layout, 128, store=s, **options) for s in (None, store))
     counts = loss_counts(collate([pixels[0]]))
     step = lambda data: lambda: learn(model, [collate([data[0]])], counts)
@@ -87,7 +87,7 @@ def features(folder, repeats: int) -> dict:
 def packing(repeats: int) -> list[dict]:
     "The same batch, read in three ways."
     model, layout = build_tiny(dict(hidden_size=384, layers=6))
-    data = DSTStreamDataset(ToyScenes('train', 8), layout, 64, dialogues=1, glimpses=0)
+    data = DSTStreamDataset(ToyScenes('train', 8), layout, 64, dialogues=1, auxiliary_samples=0)
     model.model.vision_model.requires_grad_(False)
     batch = StreamCollator(layout.tokenizer.pad_token_id)([data[i] for i in range(8)])
     batch['frame_tokens'] = model.encode_frames(batch.pop('pixel_values')).detach()
@@ -127,7 +127,8 @@ def flops(model, streams: int, tokens: int) -> float:
 def stream_batch(model, layout, streams: int, tokens: int) -> dict:
     "Streams of the toy world cut to `tokens`, with random features in place of pixels, on the GPU."
     world = WorldConfig(length=tokens, min_steps=6, max_steps=8)
-    data = DSTStreamDataset(ToyScenes('train', streams, 0, world), layout, 64, max_seq_len=tokens, from_middle=0, dialogues=0, glimpses=0)
+    data = DSTStreamDataset(ToyScenes('train', streams, 0, world), layout, 64, max_seq_len=tokens, from_middle=0,
+                            dialogues=0, auxiliary_samples=0)
     rows = [data.stream(k, data.rng(k), look=False) for k in range(streams)]
     shape = layout.tokens_per_frame, model.config.text_config.hidden_size
     for row in rows: row['frame_tokens'] = torch.randn(len(row['frame_positions']), *shape)*.02

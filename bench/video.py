@@ -1,4 +1,4 @@
-"""What the short cuts of `dst_smolvlm.video` save, as ratios measured in one run.
+"""What the short cuts of `dst_smolvlm.data.frames` save, as ratios measured in one run.
 
     python bench/video.py [--json FILE] [--repeats 7] [--seconds 60]
 

@@ -75,7 +75,7 @@ def check_scoring(cfg) -> dict:
     for key, most in dict(tolerance_s=3600, bootstrap=100_000).items():
         if cfg.eval[key] > most: raise InputError(f'eval.{key}={cfg.eval[key]}: must be at most {most:,}')
     if 0 < cfg.eval.bootstrap < 20: raise InputError(f'eval.bootstrap={cfg.eval.bootstrap}: must be at least 20, or 0 for no intervals')
-    for key, choices in dict(clock=(None, 'wait', 'drop'), dtype=('float32', 'bfloat16', 'float16')).items():
+    for key, choices in dict(clock=(None, 'queue', 'drop'), dtype=('float32', 'bfloat16', 'float16')).items():
         if cfg.eval[key] not in choices: raise InputError(f"eval.{key}={cfg.eval[key]}: choose {', '.join(map(str, choices))}")
     if not cfg.eval.max_reply_tokens >= 1: raise InputError(f'eval.max_reply_tokens={cfg.eval.max_reply_tokens}: must be at least 1')
     given_thresholds(cfg)
@@ -111,7 +111,7 @@ def wordless_references(cfg, records) -> list[RecordError]:
 # %% ../nbs/09_commands/06_evaluate.ipynb #35b0f020
 class Entry(NamedTuple):
     "A row before it is scored."
-    kind: str              # 'streamed', 'elsewhere', 'control' or 'baseline'
+    kind: str              # 'streamed', 'external', 'control' or 'baseline'
     what: str
     traces: Traces
     records: list
@@ -125,7 +125,7 @@ def entries_of(streamed:Streamed, elsewhere:dict[str, Traces], variants, scenes,
         fewer = f', {len(some)} of the videos' if len(some) < len(records) else ''
         if some: found[v.name] = Entry('control' if v.control else 'streamed', v.what + fewer, streamed.traces[v.name], some)
     for name, traces in elsewhere.items():
-        found[name] = Entry('elsewhere', f'predictions in {Path(cfg.eval.predictions[name]).name}', traces, records)
+        found[name] = Entry('external', f'predictions in {Path(cfg.eval.predictions[name]).name}', traces, records)
     for name, what in BASELINES.items():
         found[name] = Entry('baseline', what, Traces(tuple(partial(baseline_trace, name, r) for r in records)), records)
     return found
@@ -147,7 +147,7 @@ def score_entries(entries:dict[str, Entry], cfg, many:int=100_000, **options) ->
     for name, e in entries.items():
         row = make_row(name, e.kind, e.what, tallies[name], weights, cfg.eval.tolerance_s, draws.get(videos_of(tallies[name])))
         silent = sum(not any(t.counts[k] for k in DONE) for t in tallies[name])
-        if e.kind == 'elsewhere' and silent: row['what'] += f', silent in {silent} of {len(e.records)}'
+        if e.kind == 'external' and silent: row['what'] += f', silent in {silent} of {len(e.records)}'
         rows[name] = row
     return rows, tallies
 
@@ -160,7 +160,7 @@ def draws_of(tallies:dict, cfg) -> dict:
 # %% ../nbs/09_commands/06_evaluate.ipynb #fbf44fdb
 def compare_entries(rows:dict, tallies:dict, cfg) -> list[dict]:
     "How rows differ, as `compare_rows` says it."
-    main, *others = [name for name, row in rows.items() if row['kind'] in ('streamed', 'elsewhere')] + ['event_order']
+    main, *others = [name for name, row in rows.items() if row['kind'] in ('streamed', 'external')] + ['event_order']
     weights, draws = dict(cfg.eval.weights or {}), draws_of(tallies, cfg)
     found = compare_rows(tallies, main, others, weights, draws)
     for name in (name for name, row in rows.items() if row['kind'] == 'control'):
@@ -184,11 +184,11 @@ def write_scores(out:Path, rows:dict, tallies:dict, comparisons:list, problems:l
 
 def write_page(out:Path, rows:dict, tallies:dict, comparisons:list, problems:list, failed:list, model:Traces, records:list, meta:dict, cfg):
     "Leave `report.html` in the folder `out`; `model` are the traces of the main row, none if there is no such row."
-    with_probs = {name: tallies[name] for name, row in rows.items() if row['kind'] in ('streamed', 'elsewhere')}
+    with_probs = {name: tallies[name] for name, row in rows.items() if row['kind'] in ('streamed', 'external')}
     notes = []
     if len(model):
         used, there = meta['thresholds']['model'], meta['thresholds_f1_on_validation'].get('model', {})
-        notes = threshold_notes(tallies['model'], used, there, cfg.eval.tolerance_s, cfg.eval.filter is not None)
+        notes = threshold_notes(tallies['model'], used, there, cfg.eval.tolerance_s, cfg.eval.state_tracker is not None)
     draw = lambda i: timeline_figure(model[i], records[i])
     timelines = [(records[i].uid, partial(draw, i), '') for i in range(min(len(model), int(cfg.eval.pictures)))]
     figures = threshold_figures(with_probs, cfg.eval.tolerance_s)
@@ -327,7 +327,7 @@ def evaluate(cfg, argv=()) -> dict|None:
 # %% ../nbs/09_commands/06_evaluate.ipynb #89afd90d
 USAGE = """usage: python -m dst_smolvlm.evaluate [--cfg] [group=choice] [group.key=value] ...
        accelerate launch -m dst_smolvlm.evaluate ...                             shared among processes
-Streams the videos of eval.split with OUTPUT_DIR/checkpoint, scores them beside baselines and predictions from elsewhere, and leaves the
+Streams the videos of eval.split with OUTPUT_DIR/checkpoint, scores them beside baselines and external predictions, and leaves the
 traces, scores.json, per_video.json, leaderboard.md and report.html there. What was streamed before is not streamed again. Videos that are
 missing or broken are listed, marked as failed in all of these and left out of every row; the exit status is 0 unless none is left."""
 

@@ -19,7 +19,7 @@ from .data.schema import VideoRecord
 from .model.modeling import checkpoint_hash, load_pretrained
 from .streaming.runner import StreamRunner
 from dst_smolvlm.streaming.session import (
-    HonestClock, backbone_dtype, is_live, load_thresholds, pick_device, prepare, read_steps, record_of, runner_options, stream_frames,
+    RealTimeClock, backbone_dtype, is_live, load_thresholds, pick_device, prepare, read_steps, record_of, runner_options, stream_frames,
     trace_header)
 from .streaming.trace import Trace, TraceFrame, TraceWriter, read_trace
 from .viz.live_view import Screen
@@ -68,7 +68,7 @@ def stream_file(video, steps_file, checkpoint, out, cfg, show:bool=False) -> Tra
     about = dict(goal=record.goal, knowledge=record.knowledge, fps=fps, video_uid=record.uid)
     runner = StreamRunner(prepare(model, cfg), layout, task['steps'], **about, **options)
     late = cfg.eval.clock or ('drop' if live else None)
-    clock = late and HonestClock(fps, late, live)
+    clock = late and RealTimeClock(fps, late, live)
     meta = dict(checkpoint_hash=checkpoint_hash(checkpoint), config=OmegaConf.to_container(cfg), clock=late, **environment())
     header = trace_header(runner.stream, record, str(checkpoint), meta=meta)
     images = (f.image for f in itertools.chain([first], decoded))

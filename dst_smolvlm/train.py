@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
-from .core.config import InputError, atomic_write, check_output_dir, parse_cli, run_cli, save_config
+from .core.config import InputError, atomic_write, check_output_dir, parse_cli, renamed_config, run_cli, save_config
 from .data.probe import check_videos, list_errors
 from .evaluation.baselines import baseline_trace
 from .evaluation.threshold_tuning import tune_thresholds, with_thresholds
@@ -39,7 +39,7 @@ from .training.losses import PARTS, weights_from_data
 from .training.memory_estimate import estimate_memory, verdict
 from .training.parameter_groups import check_rates, part_sizes
 from .training.trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
-from .world.scenes import DecodeError, ToyScenes, VideoScene, load_glimpse_scenes, load_scenes, scene_video
+from .world.scenes import DecodeError, ToyScenes, VideoScene, load_auxiliary_scenes, load_scenes, scene_video
 
 # %% ../nbs/09_commands/03_train.ipynb #71589859
 class StreamingValidation:
@@ -69,7 +69,7 @@ class StreamingValidation:
         if not found: return counted | {f'stream_{c}': math.nan for c in COLUMNS}
         records, tolerance = [r for _, r in found], self.cfg.eval.tolerance_s
         traces = [baseline_trace('always_silent', r) if t is None else t for t, r in found]
-        quiet = dict(refractory_s=self.cfg.eval.refractory_s)
+        quiet = dict(cooldown_s=self.cfg.eval.cooldown_s)
         tuned = {head: t.threshold for head, t in tune_thresholds(traces, records, tolerance, **quiet).items()}
         traces = [with_thresholds(t, r, tuned, **quiet) for t, r in zip(traces, records)]
         scores = score_traces(traces, records, tolerance)
@@ -82,9 +82,9 @@ def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | 
     if any(part_sizes(model)[part][0] for part in ('vision', 'connector')):
         raise InputError('train.features: what the vision tower and the connector make of a frame is fixed in it; '
                          'set train.freeze_vision=true train.freeze_connector=true')
-    if load_glimpse_scenes(cfg.data) is not None and args.glimpses:
-        raise InputError('train.features: the glimpses are of other scenes, which are not in it; '
-                         'set train.glimpses=0 or data.glimpse_world=null')
+    if load_auxiliary_scenes(cfg.data) is not None and args.auxiliary_samples:
+        raise InputError('train.features: the auxiliary_samples are of other scenes, which are not in it; '
+                         'set train.auxiliary_samples=0 or data.auxiliary_world=null')
     dtype = getattr(torch, cfg.features.compute_dtype)
     encoder = model if dtype == model.dtype else load_encoder(cfg, 'cpu', dtype)
     store = FeatureStore(args.features, encoder_fingerprint(encoder, cfg.features.dtype), [scene_video(s) for s in scenes])
@@ -119,9 +119,10 @@ def check_fit(cfg, args:DSTTrainingArguments, model):
     "Raises `InputError` where the model cannot do what is asked of it."
     limit = model.config.text_config.max_position_embeddings
     if args.max_seq_len > limit: raise InputError(f'train.max_seq_len={args.max_seq_len}: this model reads at most {limit} tokens')
-    if args.glimpses and model.config.pointer_source == 'hidden':
-        raise InputError('train.glimpses: they do not pass the language model, whose hidden states model.pointer_source=hidden compares; '
-                         'set train.glimpses=0')
+    if args.auxiliary_samples and model.config.pointer_source == 'hidden':
+        raise InputError('train.auxiliary_samples: they do not pass the language model, whose hidden states model.pointer_source=hidden '
+                         'compares; '
+                         'set train.auxiliary_samples=0')
     if args.eval_strategy != 'no': runner_options(cfg, model, dict(speak=.5, update=.5))
 
 # %% ../nbs/09_commands/03_train.ipynb #c200c0eb
@@ -146,15 +147,16 @@ def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
         for key, value in weights_from_data((s.record for s in scenes), args.negative_keep).items(): setattr(args, key, value)
     size = model.config.vision_config.image_size
     data = DSTStreamDataset(
-        scenes, layout, size, args.max_seq_len, corrupt_told=args.corrupt_told, corrupt_epochs=args.corrupt_epochs,
-        drop_replies=args.drop_replies, from_middle=args.from_middle, negative_keep=args.negative_keep, dialogues=args.dialogues,
-        glimpses=args.glimpses, glimpse_scenes=load_glimpse_scenes(cfg.data), frame_grad=args.frame_grad,
+        scenes, layout, size, args.max_seq_len, state_corruption=args.state_corruption,
+        state_corruption_epochs=args.state_corruption_epochs, drop_replies=args.drop_replies, from_middle=args.from_middle,
+        negative_keep=args.negative_keep, dialogues=args.dialogues,
+        auxiliary_samples=args.auxiliary_samples, auxiliary_scenes=load_auxiliary_scenes(cfg.data), frame_grad=args.frame_grad,
         store=open_store(cfg, args, model, scenes), split_long=args.split_long, max_failed=args.max_failed_clips, seed=args.seed)
     held_out = validation_scenes(cfg, args)
     if args.eval_strategy != 'no' and not held_out:
         if args.process_index == 0: print(f'data={cfg.data.name}: no validation video; nothing is evaluated, the last checkpoint counts')
         args.eval_strategy, args.load_best_model_at_end = 'no', False
-    plain = dict(corrupt_told=0, drop_replies=0, from_middle=0, dialogues=0, glimpses=0)
+    plain = dict(state_corruption=0, drop_replies=0, from_middle=0, dialogues=0, auxiliary_samples=0)
     evaluated = DSTStreamDataset(held_out, layout, size, args.max_seq_len, split_long=args.split_long, **plain)
     patience = args.early_stopping_patience if held_out else None
     trainer = DSTTrainer(model=model, args=args, layout=layout, train_dataset=data, eval_dataset=evaluated if held_out else None,
@@ -209,7 +211,7 @@ def longest_row(data:DSTStreamDataset) -> dict:
     fullest = max(data.lengths)                                                             # drawn from its middle, it would be shorter
     share = fullest/len(row['input_ids'])
     return dict(tokens=fullest, frames=round(share*len(row['frame_positions'])), words=round(share*int((row['labels'] != -100).sum())),
-                steps=row['told'].shape[1])
+                steps=row['previous_state'].shape[1])
 
 # %% ../nbs/09_commands/03_train.ipynb #5cdacead
 def dry_run(trainer) -> str:
@@ -221,7 +223,7 @@ def dry_run(trainer) -> str:
     setting = row | dict(streams=args.per_device_train_batch_size*(1 + args.dialogues), optim=str(getattr(args.optim, 'value', args.optim)),
                          precision='bf16' if args.bf16 else 'fp16' if args.fp16 else None, checkpointing=bool(args.gradient_checkpointing),
                          sharding=kind, ranks=ranks, frame_grad=args.frame_grad, from_features=bool(args.features),
-                         glimpses=4*args.glimpses*args.per_device_train_batch_size)
+                         auxiliary_samples=4*args.auxiliary_samples*args.per_device_train_batch_size)
     per_step = args.per_device_train_batch_size*args.gradient_accumulation_steps*ranks
     steps = math.ceil(math.ceil(len(data)/(args.per_device_train_batch_size*ranks))/args.gradient_accumulation_steps)
     end = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs*steps)
@@ -266,7 +268,7 @@ def same_run(cfg, out:Path) -> bool:
     configuration that is none of ours: it would be written over."""
     path = out/'config.yaml'
     if not path.is_file(): return False
-    try: before = OmegaConf.load(path)
+    try: before = renamed_config(OmegaConf.load(path))
     except Exception: before = {}                                      # whatever the library makes of it
     if not {'model', 'data', 'train'} <= {*before}:
         raise InputError(f'{path}: not left there by a training, and would be written over; choose another output_dir, or move it away')

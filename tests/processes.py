@@ -5,7 +5,7 @@ context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['dst_smolvlm.train', 'dst_smolvlm.evaluate'])
 
 # A model and a task that take a tenth of a second a step. Nothing here rests on the defaults of conf/.
-TRAIN = dict(seed=0, max_seq_len=320, dialogues=1, glimpses=2, learning_rate=.001, lr_scheduler_type='constant',
+TRAIN = dict(seed=0, max_seq_len=320, dialogues=1, auxiliary_samples=2, learning_rate=.001, lr_scheduler_type='constant',
              lr_scheduler_kwargs='null', warmup_steps=0, max_grad_norm=1., gradient_accumulation_steps=1, logging_steps=1,
              dataloader_num_workers=0, dataloader_pin_memory='false', disable_tqdm='true')
 SMALL = ['model=tiny', 'model.hidden_size=32', 'model.layers=1', 'model.vision_size=32', 'model.image_size=64', 'data=toy', 'data.seed=0',

@@ -48,16 +48,16 @@ def trainer(out, kind=DSTTrainer, model=None, steps=5, callbacks=None, **options
     built, layout = small()
     torch.manual_seed(1)
     model = adapt(built, args) if model is None else model
-    data = DSTStreamDataset(ToyScenes('train', length=4), layout, 64, max_seq_len=320, dialogues=1, glimpses=2)
+    data = DSTStreamDataset(ToyScenes('train', length=4), layout, 64, max_seq_len=320, dialogues=1, auxiliary_samples=2)
     collate = StreamCollator(layout.tokenizer.pad_token_id)
     return kind(model=model, args=args, train_dataset=data, data_collator=collate, callbacks=callbacks)
 
 
 def batch(layout, n=1):
-    data = DSTStreamDataset(ToyScenes('train', length=4), layout, 64, max_seq_len=320, dialogues=0, glimpses=2)
+    data = DSTStreamDataset(ToyScenes('train', length=4), layout, 64, max_seq_len=320, dialogues=0, auxiliary_samples=2)
     rows = StreamCollator(layout.tokenizer.pad_token_id)([data[i] for i in range(n)])
-    names = 'input_ids', 'pixel_values', 'frame_positions', 'step_spans', 'told', 'labels', 'learn_frames'
-    return {k: v for k, v in rows.items() if k in names or k.startswith('glimpse') and k != 'glimpse_states'}
+    names = 'input_ids', 'pixel_values', 'frame_positions', 'step_spans', 'previous_state', 'labels', 'learn_frames'
+    return {k: v for k, v in rows.items() if k in names or k.startswith('auxiliary_sample') and k != 'auxiliary_states'}
 
 
 def outputs(model, layout):

@@ -104,7 +104,7 @@ def test_a_bad_value_for_training(refused, override, words): refused(train, [*TR
     ('eval.speak_threshold=often', ['eval.speak_threshold=often', 'number']),
     ('eval.device=abacus', ['eval.device=abacus', 'not there']),
     ('eval.dtype=int8', ['eval.dtype=int8', 'bfloat16']),
-    ('+eval.filter.bgin=1', ['eval.filter.bgin', 'no such option']),
+    ('+eval.state_tracker.bgin=1', ['eval.state_tracker.bgin', 'no such option']),
     ('eval.strategies.drop_evrything={}', ['eval.strategies.drop_evrything', 'no such strategy', 'drop_all']),
     ('eval.strategies.drop_all.num_frames=3', ['num_frames', 'drop_all has no such option']),
     ('eval.checkpoints.other=nowhere', ['eval.checkpoints.other=nowhere', 'no checkpoint there']),

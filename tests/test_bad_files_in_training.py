@@ -19,7 +19,7 @@ from dst_smolvlm.training import feature_store
 from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.training.feature_store import write_store
 from dst_smolvlm.training.trainer import training_arguments
-from dst_smolvlm.world import scenes
+from dst_smolvlm.world import scenes as scene_module
 from dst_smolvlm.world.scenes import DecodeError, ToyScenes, VideoScene, load_scenes, scene_video, split_records
 
 CASES = Path(__file__).resolve().parents[2]/'shared'/'cases'
@@ -236,7 +236,7 @@ def test_clips_of_a_split_stream(data):
     "Those before the cut stay what they were; those after it are named by their frames, and each counts."
     scenes = load_scenes(config(data).data, 'train')
     _, layout = build_tiny()
-    options = dict(image_size=64, max_seq_len=150, split_long=True, dialogues=0, glimpses=2, from_middle=0, max_failed=.2)
+    options = dict(image_size=64, max_seq_len=150, split_long=True, dialogues=0, auxiliary_samples=2, from_middle=0, max_failed=.2)
     rows = DSTStreamDataset(scenes, layout, **options)
     whole = [rows[k] for k in range(len(rows))]
     clips = [(start, stop) for i, start, stop, _ in rows.clips if i == 2]
@@ -246,8 +246,8 @@ def test_clips_of_a_split_stream(data):
     late = {f'{scenes[2].record.uid} frames {start}-{stop - 1}' for start, stop in clips if stop > some}
     assert 0 < len(late) < len(clips)
     for k, before in enumerate(whole):
-        (row,), glimpses, failed = rows[k]
-        assert {f.clip for f in failed} <= late and len(glimpses) == 2
+        (row,), auxiliary_samples, failed = rows[k]
+        assert {f.clip for f in failed} <= late and len(auxiliary_samples) == 2
         if before[0][0]['name'] in late: assert failed[0].clip == before[0][0]['name'] and row['name'] not in late
         else: assert row['name'] == before[0][0]['name'] and torch.equal(row['pixel_values'], before[0][0]['pixel_values'])
 
@@ -255,15 +255,15 @@ def test_clips_of_a_split_stream(data):
 @pytest.mark.parametrize('error', (OSError(errno.EIO, 'Input/output error'), PermissionError(errno.EACCES, 'denied'), MemoryError()))
 def test_a_disk_that_fails_while_it_is_read(data, error, monkeypatch):
     "Whatever a library says in the middle of a file: replaced, at the second."
-    decode = features.iter_frames
+    decode = scene_module.iter_frames
     def failing(source, *args, **kwargs):
         for frame in decode(source, *args, **kwargs):
             if source.stem == bad and frame.index >= 15: raise error
             yield frame
     scenes = load_scenes(config(data).data, 'train')
     bad = scenes[0].record.uid
-    monkeypatch.setattr(scenes, 'iter_frames', failing)
-    rows = DSTStreamDataset(scenes, build_tiny()[1], 64, dialogues=0, glimpses=0, from_middle=0, max_failed=.01)
+    monkeypatch.setattr(scene_module, 'iter_frames', failing)
+    rows = DSTStreamDataset(scenes, build_tiny()[1], 64, dialogues=0, auxiliary_samples=0, from_middle=0, max_failed=.01)
     (row,), _, [failed] = rows[0]
     assert (failed.clip, failed.second) == (bad, 7.5) and type(error).__name__ in failed.why and not row['name'].startswith(bad)
     with pytest.raises(DecodeError) as raised: list(scenes[0].iter_frames())
@@ -279,19 +279,19 @@ def test_how_many_may_fail():
 
 
 def test_a_damaged_feature_file(tmp_path):
-    "Half of it, nothing, another model's: replaced like a video, in streams, dialogues and glimpses."
+    "Half of it, nothing, another model's: replaced like a video, in streams, dialogues and auxiliary samples."
     model, layout = build_tiny(dict(hidden_size=32, layers=1, vision_size=32, image_size=64))
     scenes = ToyScenes('train', length=6)
     store, report = write_store(model.eval(), [scene_video(s) for s in scenes], tmp_path/'store')
     assert not report.failed
-    rows = DSTStreamDataset(scenes, layout, 64, store=store, glimpses=6, dialogues=3, max_failed=.5)
+    rows = DSTStreamDataset(scenes, layout, 64, store=store, auxiliary_samples=6, dialogues=3, max_failed=.5)
     path, uid = store.path(scene_video(scenes[1]).uid), scenes[1].record.uid
     for damage in (halve, lambda p: p.write_bytes(b''), lambda p: shutil.copy(store.path(scene_video(scenes[0]).uid), p), Path.unlink):
         damage(path)
         named = set()
         for k in range(6):
-            row, glimpses, failed = rows[k]
-            assert (len(row), len(glimpses)) == (4, 6) and not any(x['name'].startswith(uid) for x in row + glimpses)
+            row, auxiliary_samples, failed = rows[k]
+            assert (len(row), len(auxiliary_samples)) == (4, 6) and not any(x['name'].startswith(uid) for x in row + auxiliary_samples)
             named |= {(f.clip, f.why.split(': ')[0]) for f in failed}
         assert named == {(uid, str(path))}
 
@@ -314,16 +314,16 @@ def test_features_are_asked_for_once(data, tmp_path):
 
 
 def test_pictures_that_change_their_size(tmp_path, monkeypatch):
-    "Each is scaled by itself, in streams and glimpses."
+    "Each is scaled by itself, in streams and auxiliary samples."
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(64, 64)]*12 + [(48, 96)]*12]
-    monkeypatch.setattr(scenes.Video, 'frames', lambda self, start=0, stop=None: iter(images[start:stop]))
+    monkeypatch.setattr(scene_module.Video, 'frames', lambda self, start=0, stop=None: iter(images[start:stop]))
     steps = [dict(id='S', name='stir', spans=[(1., 9.)])]
     scene = VideoScene(VideoRecord(video_uid='v', dataset='d', duration=11.5, steps=steps), tmp_path/'v.ts')
     assert scene.frames(3, 5).shape == (2, 64, 64, 3) and [f.shape for f in scene.frames(11, 13)] == [(64, 64, 3), (48, 96, 3)]
     _, layout = build_tiny()
-    (row,), glimpses, _ = DSTStreamDataset([scene], layout, 64, dialogues=0, glimpses=3, from_middle=0)[0]
-    assert row['pixel_values'].shape == (24, 3, 64, 64) and all(g['pixels'].shape == (4, 3, 64, 64) for g in glimpses)
+    (row,), auxiliary_samples, _ = DSTStreamDataset([scene], layout, 64, dialogues=0, auxiliary_samples=3, from_middle=0)[0]
+    assert row['pixel_values'].shape == (24, 3, 64, 64) and all(g['pixels'].shape == (4, 3, 64, 64) for g in auxiliary_samples)
     assert torch.equal(row['pixel_values'][0], torch.from_numpy(images[0]).permute(2, 0, 1).float()/127.5 - 1)
 
 
@@ -407,7 +407,8 @@ def test_two_cameras_are_two_streams(tmp_path):
     assert not report.failed and list(store) == [f'P90_01.{r.view}' for r in records]
     cam1, cam2 = (store[uid] for uid in store)
     assert (len(cam1), len(cam2)) == (9, 8) and not torch.equal(cam1[:8], cam2)
-    rows = DSTStreamDataset(load_scenes(cfg.data, 'train'), build_tiny()[1], 64, store=store, dialogues=0, glimpses=0, from_middle=0)
+    rows = DSTStreamDataset(load_scenes(cfg.data, 'train'), build_tiny()[1], 64, store=store, dialogues=0, auxiliary_samples=0,
+                            from_middle=0)
     assert [rows[k][0][0]['frame_tokens'].shape[0] for k in range(2)] == [9, 8]
 
 
@@ -416,4 +417,4 @@ def test_cameras_without_a_name_are_refused(tmp_path):
     records = [VideoRecord(video_uid='v', dataset='d', duration=2., video=f'{k}.mp4', steps=[dict(id='S', name='stir')]) for k in 'ab']
     for r in records: write_video(tmp_path/r.video, np.zeros((5, 32, 32, 3), np.uint8))
     with pytest.raises(InputError, match='two cameras are told apart by the field view'):
-        feature_store.FeatureStore(tmp_path, 'e', [scenes.Video(r, tmp_path/r.video) for r in records])
+        feature_store.FeatureStore(tmp_path, 'e', [scene_module.Video(r, tmp_path/r.video) for r in records])

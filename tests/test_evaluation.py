@@ -190,7 +190,7 @@ def test_a_long_video_is_never_in_memory_as_a_whole(checkpoint, tmp_path, monkey
 
 
 @pytest.mark.parametrize('override', ['eval.tolerance_s=inf', 'eval.window=[-1.5,inf]', 'eval.bootstrap=.5', 'eval.weights=speaking_f1',
-                                      'eval.speak_threshold=inf', 'eval.refractory_s=inf', 'eval.filter.begin=inf',
+                                      'eval.speak_threshold=inf', 'eval.cooldown_s=inf', 'eval.state_tracker.begin=inf',
                                       'eval.predictions.model=x.jsonl', 'eval.weights={speaking_f1: 1e309}', 'eval.bootstrap=1e12',
                                       'eval.bootstrap=2', 'eval.predictions={1: x.jsonl}', 'eval.checkpoints={true: x}',
                                       'eval.encoder=5', 'eval.strategies=drop_all', 'eval.clock=soon', 'eval.dtype=float8',

@@ -8,7 +8,7 @@ from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.model.stream_layout import StreamLayout
 from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
 from dst_smolvlm.streaming.session import observed, stream_record, stream_records
-from dst_smolvlm.streaming.state_tracker import OnlineStateFilter
+from dst_smolvlm.streaming.state_tracker import OnlineStateTracker
 from dst_smolvlm.streaming.trace import TraceFrame
 from dst_smolvlm.world.toy_world import make_scene
 
@@ -38,8 +38,8 @@ def planted(record):
 
 
 def decided(trace, stop=None):
-    told = lambda f: {k: getattr(f, k) for k in TraceFrame.model_fields if not k.endswith('_ms')}
-    return [told(f) for f in trace.frames[:stop]]
+    previous_state = lambda f: {k: getattr(f, k) for k in TraceFrame.model_fields if not k.endswith('_ms')}
+    return [previous_state(f) for f in trace.frames[:stop]]
 
 
 def stream(model, record, frames, strategy='none', seed=None, **options):
@@ -49,7 +49,7 @@ def stream(model, record, frames, strategy='none', seed=None, **options):
 
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
-@pytest.mark.parametrize('options', [{}, dict(filter_options=None, update_threshold=.3)], ids=['filter', 'head'])
+@pytest.mark.parametrize('options', [{}, dict(tracker_options=None, update_threshold=.3)], ids=['filter', 'head'])
 def test_the_reference_is_not_read(model, read, strategy, options):
     scene = make_scene(7, 'test')
     honest = stream(model, scene.record, scene.frames(), strategy, **options)
@@ -94,16 +94,16 @@ def test_no_field_of_the_truth_is_left():
 def test_no_variant_knows_more(model, read, variant):
     scene = make_scene(7, 'test')
     record, frames = controlled(variant, scene)
-    stream(model, planted(record), frames, **({} if variant.use_filter else dict(filter_options=None, update_threshold=.3)))
+    stream(model, planted(record), frames, **({} if variant.use_tracker else dict(tracker_options=None, update_threshold=.3)))
     assert read and not [t for t in read if 'CANARY' in t]
 
 
 def test_a_filter_hears_one_frame_after_the_other():
-    "The online filter is outside the model, and could look ahead as well."
+    "The state tracker is outside the model, and could look ahead as well."
     rng = np.random.default_rng(0)
     for _ in range(50):
         pointer = rng.dirichlet(np.ones(5)*.3, 40)
         other = pointer.copy(); other[20:] = rng.dirichlet(np.ones(5)*.3, 20)
-        first, second = (OnlineStateFilter(np.zeros(4)) for _ in range(2))
+        first, second = (OnlineStateTracker(np.zeros(4)) for _ in range(2))
         a, b = [first(p) for p in pointer], [second(p) for p in other]
         assert np.array_equal(a[:20], b[:20])

@@ -43,7 +43,7 @@ def make_batch(model, streams, tokens, frames, words, steps):
     return dict(input_ids=ids, labels=labels, pixel_values=torch.randn(streams*frames, 3, side, side),
                 frame_positions=(begin + n*torch.arange(1, frames + 1) - 1).expand(streams, -1),
                 step_spans=torch.stack([at, at + 1], -1).expand(streams, -1, -1),
-                told=torch.zeros(streams, frames, steps, dtype=torch.long))
+                previous_state=torch.zeros(streams, frames, steps, dtype=torch.long))
 
 
 def checkpoint_layers(model):

@@ -29,17 +29,17 @@ def streams(layout, limits=(10**6, 190, 260)):
     for seed, limit in enumerate(limits):
         scene = make_scene(seed)
         states = torch.from_numpy(scene.record.states()).long()
-        told = torch.cat([torch.zeros_like(states[:1]), states])
-        stream = layout_stream(layout, scene.record, told.numpy(), max_tokens=limit)
+        previous_state = torch.cat([torch.zeros_like(states[:1]), states])
+        stream = layout_stream(layout, scene.record, previous_state.numpy(), max_tokens=limit)
         T = len(stream.frame_positions)
-        rows.append((stream, told[:T], frames_to_pixels(render(scene)[:T], 64)))
+        rows.append((stream, previous_state[:T], frames_to_pixels(render(scene)[:T], 64)))
     def pad(values, fill):
         values = [torch.as_tensor(v) for v in values]
         size = [max(v.shape[d] for v in values) for d in range(values[0].dim())]
         return torch.stack([F.pad(v, [x for d in reversed(range(v.dim())) for x in (0, size[d] - v.shape[d])], value=fill) for v in values])
     return dict(input_ids=pad([r[0].ids for r in rows], layout.tokenizer.pad_token_id), labels=pad([r[0].labels for r in rows], -100),
                 frame_positions=pad([r[0].frame_positions for r in rows], -1), step_spans=pad([r[0].step_spans for r in rows], -1),
-                told=pad([r[1] for r in rows], -1), pixel_values=torch.cat([r[2] for r in rows]))
+                previous_state=pad([r[1] for r in rows], -1), pixel_values=torch.cat([r[2] for r in rows]))
 
 
 def tiny_and_streams(attention):
@@ -157,13 +157,13 @@ def test_streaming_equals_one_pass(mode, source):
     model, layout = build_tiny(SMALL | dict(decision_mode=mode, pointer_source=source))
     scene = make_scene(1, 'test')
     frames, names = scene.frames()[:25], [s.name for s in scene.record.steps]
-    runner = StreamRunner(model.eval(), layout, names, filter_options=None, max_reply_tokens=4, speak_threshold=.4)
-    told = []
-    answers = [(told.append(torch.from_numpy(runner.told.astype(int))), runner.push(f))[1] for f in frames]
+    runner = StreamRunner(model.eval(), layout, names, tracker_options=None, max_reply_tokens=4, speak_threshold=.4)
+    previous_state = []
+    answers = [(previous_state.append(torch.from_numpy(runner.previous_state.astype(int))), runner.push(f))[1] for f in frames]
     ids = torch.tensor([[i for s in runner.memory.segments for i in s.ids][:runner.memory.length]])
     with torch.no_grad():
         out = model(ids, frames_to_pixels(frames, 64), frame_positions=(ids == layout.image_token_id).nonzero()[None, :, 1],
-                    step_spans=torch.tensor([runner.memory.prompt.step_spans]), told=torch.stack(told)[None])
+                    step_spans=torch.tensor([runner.memory.prompt.step_spans]), previous_state=torch.stack(previous_state)[None])
     for key in ('speak', 'update'):
         streamed = torch.tensor([getattr(a, f'{key}_prob') for a in answers])
         torch.testing.assert_close(streamed, out[f'{key}_logits'][0].softmax(-1)[:, 1], atol=1e-5, rtol=0)

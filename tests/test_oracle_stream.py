@@ -75,7 +75,7 @@ class Skimmer:
     def __init__(self, model): self.model = model
     def __getattr__(self, name): return getattr(self.model, name)
     def encode_frames(self, pixels): return pixels.new_zeros(1, 1, self.model.config.text_config.hidden_size)
-    def answer(self, asks, layout):
+    def forward_batch(self, asks, layout):
         for ask in asks:
             cache, (ids, _) = ask.memory.cache, ask.memory.take()
             counts = np.zeros(cache.rows, int); counts[ask.memory.row] = len(ids)

@@ -31,10 +31,10 @@ def model():
 def item(layout):
     "Two frames in which everything happens: steps begin, and the assistant speaks. One item of a dataset."
     states = torch.from_numpy(RECORD.states()).long()                                      # [T, S]
-    told = torch.cat([torch.zeros_like(states[:1]), states])
-    stream = layout_stream(layout, RECORD, told.numpy())
+    previous_state = torch.cat([torch.zeros_like(states[:1]), states])
+    stream = layout_stream(layout, RECORD, previous_state.numpy())
     row = dict(input_ids=stream.ids, labels=stream.labels, frame_positions=stream.frame_positions, step_spans=stream.step_spans,
-               told=told[:2], state_labels=states, speak_labels=[0, 1], update_labels=[1, 1])
+               previous_state=previous_state[:2], state_labels=states, speak_labels=[0, 1], update_labels=[1, 1])
     torch.manual_seed(1)
     return [{k: torch.as_tensor(v) for k, v in row.items()} | dict(
         pixel_values=torch.randn(2, 3, 512, 512), learn_frames=torch.ones(2, dtype=torch.bool))], []
@@ -80,12 +80,12 @@ def test_outputs_of_published_sizes(monkeypatch, size, mode, tokens_per_frame):
     monkeypatch.setitem(PUBLISHED, size, (hub, text[:2] + (1,) + text[3:], vision[:2] + (1,) + vision[3:], scale))
     model, layout = build_published(size, tokens_per_frame=tokens_per_frame, decision_mode=mode)
     states = torch.from_numpy(RECORD.states()).long()
-    told = torch.cat([torch.zeros_like(states[:1]), states])
-    stream = layout_stream(layout, RECORD, told.numpy())
+    previous_state = torch.cat([torch.zeros_like(states[:1]), states])
+    stream = layout_stream(layout, RECORD, previous_state.numpy())
     batch = {k: torch.tensor([v]) for k, v in dict(input_ids=stream.ids, labels=stream.labels, frame_positions=stream.frame_positions,
                                                    step_spans=stream.step_spans).items()}
     side = model.config.vision_config.image_size
-    with torch.no_grad(): out = model(**batch, told=told[None, :2], pixel_values=torch.randn(2, 3, side, side))
+    with torch.no_grad(): out = model(**batch, previous_state=previous_state[None, :2], pixel_values=torch.randn(2, 3, side, side))
     assert {k: tuple(v.shape) for k, v in out.items() if k != 'lm_logits'} == dict(
         speak_logits=(1, 2, 2), update_logits=(1, 2, 2), pointer_logits=(1, 2, 4), state_logits=(1, 2, 3, 3),
         lm_targets=(sum(label != -100 for label in stream.labels),))
@@ -121,7 +121,7 @@ def test_half_precision_with_exact_heads(model, layout, item):
     batch = StreamCollator(layout.tokenizer.pad_token_id)([item])
     with torch.no_grad():
         tokens = model.encode_frames(batch['pixel_values'][:1])                            # [1, N, D]
-        inputs = {k: batch[k] for k in ('input_ids', 'frame_positions', 'step_spans', 'told', 'labels')}
+        inputs = {k: batch[k] for k in ('input_ids', 'frame_positions', 'step_spans', 'previous_state', 'labels')}
         out = model(**inputs, frame_tokens=tokens.expand(2, -1, -1))
         with torch.autocast('cpu', dtype=torch.bfloat16): mixed = model(**inputs, frame_tokens=tokens.expand(2, -1, -1))
     assert model.dtype == tokens.dtype == out.lm_logits.dtype == torch.bfloat16

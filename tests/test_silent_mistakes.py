@@ -32,7 +32,7 @@ class Taught(DSTStreamDataset):
 def learn_by_heart(mistake=None, steps=60):
     "A model that saw one stream `steps` times."
     model, layout = build_tiny(dict(hidden_size=64, layers=2))
-    data = Taught(SCENE, layout, 64, from_middle=0, corrupt_told=0, drop_replies=0, dialogues=0, glimpses=0)
+    data = Taught(SCENE, layout, 64, from_middle=0, state_corruption=0, drop_replies=0, dialogues=0, auxiliary_samples=0)
     if mistake: data.mistake = mistake
     args = DSTTrainingArguments(output_dir=tempfile.mkdtemp() + '/trainer', max_steps=steps, per_device_train_batch_size=1,
                                 learning_rate=4e-3, adam_beta2=.99, use_cpu=True, disable_tqdm=True, save_strategy='no',
@@ -69,7 +69,7 @@ def test_labels_shifted_twice(model):
     _, said, true = watch(*learn_by_heart(shift))
     assert said != true
     ours, layout = model
-    row = DSTStreamDataset(SCENE, layout, 64, from_middle=0, corrupt_told=0, drop_replies=0).stream(0, np.random.default_rng(0))
+    row = DSTStreamDataset(SCENE, layout, 64, from_middle=0, state_corruption=0, drop_replies=0).stream(0, np.random.default_rng(0))
     batch = StreamCollator(layout.tokenizer.pad_token_id)([([row], [])])
     with torch.no_grad(): out = ours(**model_inputs(batch))
     assert (out.lm_logits.argmax(-1) == out.lm_targets).float().mean() > .95
@@ -116,7 +116,7 @@ def test_a_batch_without_positives_is_not_nan():
     def nothing(row, layout): return silence(row, layout) | dict(state_labels=torch.full_like(row['state_labels'], -100))
     model, layout = learn_by_heart(nothing, steps=2)
     assert all(p.isfinite().all() for p in model.parameters())
-    data = Taught(SCENE, layout, 64, dialogues=0, glimpses=0)
+    data = Taught(SCENE, layout, 64, dialogues=0, auxiliary_samples=0)
     data.mistake = nothing
     batch = StreamCollator(layout.tokenizer.pad_token_id)([data[0]])
     _, parts = multitask_loss(model(**model_inputs(batch)), batch, DSTTrainingArguments(output_dir='unused', use_cpu=True))

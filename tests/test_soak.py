@@ -8,9 +8,9 @@ from dst_smolvlm.streaming.context_strategies import make_strategy
 from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
 
 FRAMES, SETTLED, BUDGET, RESERVED = 10_000, 2_000, 260, 60
-STRATEGIES = dict(drop_all={}, drop_middle=dict(positions='rebuild'), recent_frames=dict(num_frames=12),
+STRATEGIES = dict(drop_all={}, drop_middle=dict(positions='recompute'), recent_frames=dict(num_frames=12),
                   text_long_vision_short=dict(num_frames=12), summarize_and_drop=dict(summary_max_length=8), summarize_with_dst={})
-MOVED = dict(turned=dict(name='drop_middle', positions='turn'), left=dict(name='drop_middle', positions='keep'))
+MOVED = dict(turned=dict(name='drop_middle', positions='rerotate'), left=dict(name='drop_middle', positions='keep'))
 
 
 def strategy_of(key):
@@ -65,15 +65,15 @@ def test_ten_thousand_frames_of_every_strategy():
     batch, watches, rng = BatchStreamRunner(model, layout, len(keys), max_reply_tokens=8), {}, np.random.default_rng(0)
     for seed, key in enumerate(keys):
         stream = batch.join(key, NAMES, 'sort 3 parts into boxes', strategy=strategy_of(key))
-        stream.filter, watches[key] = Life(stream, seed), Watch()
-    given, told = dict.fromkeys(keys, 0), {key: np.zeros(3) for key in keys}
+        stream.tracker, watches[key] = Life(stream, seed), Watch()
+    given, previous_state = dict.fromkeys(keys, 0), {key: np.zeros(3) for key in keys}
     capacity = settled = None
     while any(w.frames < FRAMES for w in watches.values()):
         for key in keys:
             if not batch.waiting[key] and given[key] < FRAMES: batch.add(key, *event(rng, given[key])); given[key] += 1
         for key, result in batch.step():
-            watches[key].see(batch.streams[key], result, told[key])
-            told[key] = result.state
+            watches[key].see(batch.streams[key], result, previous_state[key])
+            previous_state[key] = result.state
         if capacity is None and all(w.cuts >= 2 for w in watches.values()): capacity = batch.cache.capacity, batch.cache.nbytes
         if settled is None and min(w.frames for w in watches.values()) >= SETTLED: settled = resident()
     assert resident() < 1.01*settled
@@ -84,7 +84,7 @@ def test_ten_thousand_frames_of_every_strategy():
         assert watches[key].cuts == batch.streams[key].manager.overflows
     limit = model.config.text_config.max_position_embeddings
     assert batch.cache.next_position.max() < limit < FRAMES                # keys that are left where they are came near the last position
-    assert not any(batch.waiting.values()) and not batch.working and not any(batch.unheard.values())
+    assert not any(batch.waiting.values()) and not batch.working and not any(batch.pending_turns.values())
 
 
 @pytest.mark.slow
@@ -93,15 +93,15 @@ def test_ten_thousand_frames_of_one_runner():
     model, layout = small_model(layers=1)
     runner = StreamRunner(model, layout, NAMES, strategy=strategy_of('summarize_with_dst'), max_reply_tokens=8)
     watch, rng = Watch(), np.random.default_rng(1)
-    runner.stream.filter = Life(runner.stream, 1)
-    told, capacity, settled = np.zeros(3), None, None
+    runner.stream.tracker = Life(runner.stream, 1)
+    previous_state, capacity, settled = np.zeros(3), None, None
     for i in range(FRAMES):
         result = runner.push(*event(rng, i))
-        watch.see(runner.stream, result, told)
-        told = result.state
+        watch.see(runner.stream, result, previous_state)
+        previous_state = result.state
         if watch.cuts == 2: capacity = runner.memory.cache.nbytes
         if i == SETTLED: settled = resident()
     assert resident() < 1.01*settled and runner.memory.cache.nbytes == capacity
     watch.check('summarize_with_dst')
     check_cache(model, runner.memory)
-    assert len(ids_in(runner.memory)) < BUDGET and not runner.heard
+    assert len(ids_in(runner.memory)) < BUDGET and not runner.user_turns

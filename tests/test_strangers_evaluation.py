@@ -122,7 +122,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_score(tmp_path, monkeypatch):
     assert figure_html('t', lambda: None).startswith("<p class='note'>Could not be drawn: t (AttributeError")
 
 
-# Predictions from elsewhere
+# External predictions
 
 def records_of(n=3): return [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(n)]
 def scores(folder): return json.loads((Path(folder)/'scores.json').read_text())

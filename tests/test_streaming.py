@@ -18,7 +18,7 @@ from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
 
 SMALL = dict(hidden_size=32, layers=2, vision_size=32, vision_layers=1, image_size=16, scale_factor=2)
 NAMES = ['put the red circle in box 2', 'put the blue star in box 1', 'put the green square in box 3']
-FREE = dict(goal='sort 3 parts into boxes', filter_options=None, max_reply_tokens=4)      # heads 1, 2 and 4 of random weights decide
+FREE = dict(goal='sort 3 parts into boxes', tracker_options=None, max_reply_tokens=4)      # heads 1, 2 and 4 of random weights decide
 FREE_BATCH = {k: v for k, v in FREE.items() if k != 'goal'}       # a goal is given when a stream joins
 GOAL = FREE['goal']
 BUILT_IN = ['none', 'drop_all', 'drop_middle', 'recent_frames', 'text_long_vision_short', 'summarize_and_drop', 'summarize_with_dst']
@@ -28,7 +28,7 @@ OPTIONS = dict(drop_middle=dict(tail_tokens=24), recent_frames=dict(num_frames=5
 MOVABLE = [name for name in BUILT_IN[1:] if 'positions' in inspect.signature(STRATEGIES[name]).parameters]
 WAYS = [(name, dict(positions=p)) for name in MOVABLE for p in POSITIONS]
 WAYS += [('summarize_and_drop', {}), ('summarize_with_dst', {})]
-EXACT = [(name, more) for name, more in WAYS if more.get('positions', 'rebuild') == 'rebuild']
+EXACT = [(name, more) for name, more in WAYS if more.get('positions', 'recompute') == 'recompute']
 ids_of = lambda way: '-'.join(map(str, [way[0], *way[1].values()]))
 
 
@@ -102,11 +102,12 @@ def seen_in(memory): return [s.tokens for s in memory.segments if s.tokens is no
 @torch.inference_mode()
 def read_afresh(model, memory):
     "What one reading of the log through the library's own cache says at its last token: (P(speak), …) if it is a frame's, and logits."
-    hidden, embeds = model.feed(ids_in(memory), DynamicCache(), torch.cat(seen_in(memory)) if seen_in(memory) else None)
+    hidden, embeds = model.prefill(ids_in(memory), DynamicCache(), torch.cat(seen_in(memory)) if seen_in(memory) else None)
     logits = model.lm_head(hidden[0, -1]).float()
     if memory.segments[-1].kind != 'frame': return None, logits
     steps = model.step_memory(hidden, embeds, torch.tensor([memory.segments[0].prompt.step_spans]))
-    out = model.decide(hidden[:, -1:], seen_in(memory)[-1][None], steps, torch.from_numpy(memory.told[None, None].astype(np.int64)))
+    previous_state = torch.from_numpy(memory.previous_state[None, None].astype(np.int64))
+    out = model.decide(hidden[:, -1:], seen_in(memory)[-1][None], steps, previous_state)
     parts = [out[f'{k}_logits'][0, 0].softmax(-1) for k in ('speak', 'update', 'state', 'pointer')]
     return [float(parts[0][1]), float(parts[1][1]), *parts[2].flatten().tolist(), *parts[3].tolist()], logits
 
@@ -115,7 +116,7 @@ class Audit:
     def __init__(self, monkeypatch, model, layout):
         self.decisions = self.words = 0
         self.worst = 0.
-        answer = model.answer
+        answer = model.forward_batch
         def checked(asks, *args):
             expected = [read_afresh(model, a.memory) for a in asks]
             results = answer(asks, *args)
@@ -129,7 +130,7 @@ class Audit:
                     assert allowed.max() - allowed[result] < 1e-3
                     self.words += 1
             return results
-        monkeypatch.setattr(model, 'answer', checked)
+        monkeypatch.setattr(model, 'forward_batch', checked)
 
 @torch.inference_mode()
 def first_layer(model, memory):
@@ -154,10 +155,10 @@ def check_cache(model, memory, turned=True):
     keys, values = first_layer(model, memory)
     torch.testing.assert_close(cache.keys[0][row, :, :n], keys, atol=2e-4, rtol=0)
     torch.testing.assert_close(cache.values[0][row, :, :n], values, atol=1e-5, rtol=0)
-    told = np.array(memory.segments[0].prompt.state)
+    previous_state = np.array(memory.segments[0].prompt.state)
     for s in memory.segments:
-        for step, after in (s.changes or {}).items(): told[step] = after
-    assert (memory.told == told).all()                                                     # it believes what its context says
+        for step, after in (s.changes or {}).items(): previous_state[step] = after
+    assert (memory.previous_state == previous_state).all()             # it believes what its context says
 
 
 # ---- causality ----------------------------------------------------------------------------------------------------------------------
@@ -200,8 +201,8 @@ def expected_log(name, strategy, log, first, new, prompt_in, told_before):
         shown = [f for f in frames if any(kind == 'frame' for kind, _ in of[f])][-strategy.num_frames:]
         most = min(strategy.text_tokens, free - sum(len(ids) for f in shown for kind, ids in of[f] if kind == 'frame'))
         words = {f: [i for kind, ids in of[f] if kind != 'frame' for i in ids] for f in frames}
-        told = [f for f in frames if sum(len(words[g]) for g in frames if g >= f) <= most]
-        return first + [i for f in frames for kind, ids in of[f] if (f in shown if kind == 'frame' else f in told) for i in ids]
+        previous_state = [f for f in frames if sum(len(words[g]) for g in frames if g >= f) <= most]
+        return first + [i for f in frames for kind, ids in of[f] if (f in shown if kind == 'frame' else f in previous_state) for i in ids]
     raise AssertionError(name)
 
 @pytest.mark.parametrize('way', WAYS, ids=ids_of)
@@ -212,11 +213,11 @@ def test_what_stays_after_every_cut(tiny, way, monkeypatch):
     strategy = small_strategy(name, **more)
     audit = Audit(monkeypatch, model, layout) if way in EXACT else None
     runner = start(tiny, strategy)
-    runner.stream.filter, memory = Scripted([0, 0, 0]), runner.memory
+    runner.stream.tracker, memory = Scripted([0, 0, 0]), runner.memory
     first, prompt_in = list(memory.segments[0].ids), lambda state: layout.prompt(FREE['goal'], '', NAMES, state).ids
     told_before, cuts, state_told, long_ago = {0: np.zeros(3, np.int8)}, 0, 0, 0
     for i, image in enumerate(film(2, 60)):
-        if rng.random() < .25: runner.stream.filter.change(rng)
+        if rng.random() < .25: runner.stream.tracker.change(rng)
         words = ['Is it done?'] if rng.random() < .1 else []
         runner.stream.speak_threshold = 0. if rng.random() < .15 else 2.
         log = [(s.kind, s.frame, list(s.ids)) for s in memory.segments]
@@ -252,14 +253,14 @@ def test_what_stays_after_every_cut(tiny, way, monkeypatch):
 def test_state_with_predictions_is_never_forgotten(tiny):
     "Under summarize_with_dst the state that the context tells is the one that was believed, after any number of cuts; so is the filter's."
     runner, rng = start(tiny, small_strategy('summarize_with_dst', tail_tokens=12), speak_threshold=2.), np.random.default_rng(0)
-    runner.stream.filter = Scripted([0, 0, 0])
+    runner.stream.tracker = Scripted([0, 0, 0])
     cuts = 0
     for image in film(3, 90):
-        if rng.random() < .2: runner.stream.filter.change(rng)
-        before, believed = runner.told.copy(), runner.stream.filter.state.copy()
+        if rng.random() < .2: runner.stream.tracker.change(rng)
+        before, believed = runner.previous_state.copy(), runner.stream.tracker.state.copy()
         result = runner.push(image)
-        if result.dropped_tokens: cuts += 1; assert (runner.stream.filter.restarted == before).all()
-        assert (result.state == believed).all() and (runner.told == believed).all()
+        if result.dropped_tokens: cuts += 1; assert (runner.stream.tracker.restarted == before).all()
+        assert (result.state == believed).all() and (runner.previous_state == believed).all()
     assert cuts >= 5
 
 
@@ -276,7 +277,7 @@ def test_the_summary_is_the_models_own(tiny):
             if not result.dropped_tokens: continue
             cache = DynamicCache()
             with torch.inference_mode():
-                model.feed(before, cache, torch.cat(seen))
+                model.prefill(before, cache, torch.cat(seen))
                 said, _ = model.fast_greedy_generate(layout.summary_open(), cache, layout.end_id, 6, runner.layout.never_said)
             assert memory.segments[1].ids == layout.summary_open() + said + [layout.end_id] + layout.turn_end
             if forever: assert len(said) == 6
@@ -300,7 +301,7 @@ def test_log_and_cache_agree_whatever_comes(way, events, room, near, forever):
     prompt = len(layout.prompt(FREE['goal'], '', NAMES, [0]*3).ids)
     strategy = small_strategy(name, prompt + reserved + room, reserved, **more)
     runner = StreamRunner(model, endless(layout) if forever else layout, NAMES, **FREE, strategy=strategy)
-    runner.stream.filter, memory = Scripted([0, 0, 0]), runner.memory
+    runner.stream.tracker, memory = Scripted([0, 0, 0]), runner.memory
     if near: runner.stream.manager.last_position = 2*strategy.max_seq_len
     for i, event in enumerate(events):
         before, words = runner.stream.last, []
@@ -309,15 +310,15 @@ def test_log_and_cache_agree_whatever_comes(way, events, room, near, forever):
             assert result.skipped and facts(result)[:2] == (before.state.tolist(), None)
         else:
             colour, speaks, changes, said = event
-            if changes: runner.stream.filter.change(np.random.default_rng(i))
+            if changes: runner.stream.tracker.change(np.random.default_rng(i))
             runner.stream.speak_threshold = 0. if speaks else 2.
             words = ['Which one?']*said
-            heard = [*runner.heard, *words]
-            if len(heard) > 4: runner.heard = []; heard = words
+            user_turns = [*runner.user_turns, *words]
+            if len(user_turns) > 4: runner.user_turns = []; user_turns = words
             result = runner.push(picture(colour), words)
-            assert (result.text is not None) == speaks and not runner.heard
+            assert (result.text is not None) == speaks and not runner.user_turns
             here = [s for s in memory.segments if s.frame == memory.frame]
-            expected = ['user']*len(heard) + ['frame'] + [s.kind for s in here if s.kind == 'state'] + ['assistant']*speaks
+            expected = ['user']*len(user_turns) + ['frame'] + [s.kind for s in here if s.kind == 'state'] + ['assistant']*speaks
             assert [s.kind for s in here if s.kind != 'summary'] == expected
         assert memory.frame == i and result.cache_tokens < strategy.max_seq_len
         check_cache(model, memory, turned=more.get('positions') != 'keep')
@@ -337,8 +338,8 @@ def test_keys_behind_a_gap_are_turned_in_their_slots():
             model.model.text_model(inputs_embeds=x, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
     cache, fresh = model.stream_cache(), model.stream_cache()
     read(cache, x)
-    cache.keep(0, [*range(5), *range(15, 30)], turn=False)
-    cache.keep(0, range(18), turn=True)
+    cache.keep(0, [*range(5), *range(15, 30)], rerotate=False)
+    cache.keep(0, range(18), rerotate=True)
     read(fresh, torch.cat([x[:, :5], x[:, 15:28]], 1))
     assert cache.positions[0, :18].tolist() == list(range(18)) and cache.next_position[0] == 18
     torch.testing.assert_close(cache.keys[0][:, :, :18], fresh.keys[0][:, :, :18], atol=1e-4, rtol=0)
@@ -369,10 +370,10 @@ class Tallest:
 def test_a_state_turn_and_a_long_reply_fit_together(tiny):
     model, layout = tiny
     runner = start((model, endless(layout)), small_strategy('drop_all'), max_reply_tokens=64, speak_threshold=0.)
-    runner.stream.filter = Scripted([0, 0, 0])
+    runner.stream.tracker = Scripted([0, 0, 0])
     results = []
     for i, image in enumerate(film(6, 8)):
-        runner.stream.filter.state[:] = i % 3
+        runner.stream.tracker.state[:] = i % 3
         results.append(runner.push(image))
     assert max(r.cache_tokens for r in results) < 140
 
@@ -394,9 +395,9 @@ def test_too_small_a_budget_is_refused_before_the_first_frame(tiny, way):
     least = int(str(refused.value).split('take at least ')[1])
     with pytest.raises(InputError): start(tiny, small_strategy(name, least - 1, **more))
     runner = start(tiny, small_strategy(name, least, **more), speak_threshold=2.)
-    runner.stream.filter = Scripted([0, 0, 0])
+    runner.stream.tracker = Scripted([0, 0, 0])
     for i, image in enumerate(film(8, 40)):
-        runner.stream.filter.state[:] = i//14
+        runner.stream.tracker.state[:] = i//14
         runner.push(image)
     assert runner.stream.manager.overflows
 
@@ -409,7 +410,7 @@ def test_a_longer_prompt_of_another_state_fits(tiny, tail_tokens):
     least = int(str(refused.value).split('take at least ')[1])
     strategy = small_strategy('summarize_with_dst', least + (0 if tail_tokens == 1 else 60), tail_tokens=tail_tokens)
     runner = start(tiny, strategy, names=names, speak_threshold=2.)
-    runner.stream.filter = Scripted([2, 0])
+    runner.stream.tracker = Scripted([2, 0])
     for image in film(9, 130): runner.push(image)
     assert runner.stream.manager.overflows
 
@@ -430,7 +431,7 @@ def test_too_many_words(tiny, name):
                 words = [LONG*(3 if name == 'none' else 1)]
                 with pytest.raises(InputError, match='max_seq_len=.* with 30 reserved: .* more'): runner.push(image, words)
                 check_cache(tiny[0], runner.memory)
-                assert not runner.heard
+                assert not runner.user_turns
             results.append(runner.push(image))
         runs.append(results)
     assert same_bits(*runs)
@@ -489,10 +490,10 @@ def test_a_reply_without_end_is_cut(tiny, monkeypatch):
     assert audit.decisions == 8 and audit.words == 56 and audit.worst < 1e-4
 
 
-def test_refractory_time(tiny):
-    "Between two replies lie more than refractory_s, but for an answer to the user; a missing frame counts, and a cut changes nothing."
+def test_cooldown(tiny):
+    "Between two replies lie more than cooldown_s, but for an answer to the user; a missing frame counts, and a cut changes nothing."
     for fps in (1., 2.):
-        runner = start(tiny, small_strategy('drop_all'), speak_threshold=0., refractory_s=3., fps=fps)
+        runner = start(tiny, small_strategy('drop_all'), speak_threshold=0., cooldown_s=3., fps=fps)
         spoken, asked = [], {4, 21}
         for i, image in enumerate(film(12, 40)):
             if i in asked: runner.hear('Which one?')
@@ -519,16 +520,16 @@ def test_what_was_said_in_between_is_heard_once(tiny):
 
 def test_filter_off_and_on(tiny):
     "With it the state is the filter's, causal and from the pointer alone; without, head 4's at the frames that head 2 chooses."
-    from dst_smolvlm.streaming.state_tracker import OnlineStateFilter
-    results = [start(tiny, filter_options=options, speak_threshold=2.) for options in (None, {}, dict(begin=-3., undo_frames=0))]
+    from dst_smolvlm.streaming.state_tracker import OnlineStateTracker
+    results = [start(tiny, tracker_options=options, speak_threshold=2.) for options in (None, {}, dict(begin=-3., undo_frames=0))]
     for runner in results: runner.results = [runner.push(image) for image in film(13, 30)]
     off, *on = results
-    told = np.zeros(3, int)
+    previous_state = np.zeros(3, int)
     for r in off.results:
-        told = r.state_probs.argmax(-1) if r.update_prob >= .5 else told
-        assert (r.state == told).all()
+        previous_state = r.state_probs.argmax(-1) if r.update_prob >= .5 else previous_state
+        assert (r.state == previous_state).all()
     for runner, options in zip(on, ({}, dict(begin=-3., undo_frames=0))):
-        alone = OnlineStateFilter([0, 0, 0], **options)
+        alone = OnlineStateTracker([0, 0, 0], **options)
         for r in runner.results: assert (r.state == alone(r.pointer_probs)).all()
     assert len({str([r.state.tolist() for r in runner.results]) for runner in results}) == 3
 
@@ -556,11 +557,11 @@ def test_the_oracle_tells_the_truth_in_prompts_and_nowhere_else(tiny, truth):
     assert strategy.settings()['name'] == 'summarize_with_dst_oracle' and STRATEGIES['summarize_with_dst'].name == 'summarize_with_dst'
     assert small_strategy('summarize_with_dst').settings()['name'] == 'summarize_with_dst'
     runner, rng = start(tiny, strategy, video_uid='sorting', speak_threshold=2.), np.random.default_rng(1)
-    runner.stream.filter = Scripted([0, 0, 0])
+    runner.stream.tracker = Scripted([0, 0, 0])
     plain, memory, cuts = start(tiny, small_strategy('summarize_with_dst'), speak_threshold=2.), runner.memory, 0
-    plain.stream.filter = Scripted([0, 0, 0])
+    plain.stream.tracker = Scripted([0, 0, 0])
     for i, image in enumerate(film(14, 85)):
-        if rng.random() < .2: runner.stream.filter.change(rng); plain.stream.filter.state = runner.stream.filter.state.copy()
+        if rng.random() < .2: runner.stream.tracker.change(rng); plain.stream.tracker.state = runner.stream.tracker.state.copy()
         image = None if i in (30, 31) else image
         result, other = runner.push(image), plain.push(image)
         if not cuts and not result.dropped_tokens: assert result.skipped or same_bits([result], [other])      # no truth yet
@@ -568,7 +569,7 @@ def test_the_oracle_tells_the_truth_in_prompts_and_nowhere_else(tiny, truth):
         cuts += 1
         tail = [s.frame for s in memory.segments[1:]]
         assert memory.segments[0].prompt.state == (states[tail[0] - 1].tolist() if tail[0] else [0, 0, 0])
-        assert (result.state == runner.stream.filter.state).all()                          # the frame's own belief is the model's
+        assert (result.state == runner.stream.tracker.state).all()                          # the frame's own belief is the model's
     assert cuts >= 4
 
 
@@ -591,7 +592,7 @@ def test_a_strategy_of_ones_own(tiny):
     @register
     class EverySecond(BaseContextStrategy):
         name = 'every_second'
-        def __init__(self, max_seq_len=4096, reserved_seq_len=128, positions='turn', kept_frames:int=6):
+        def __init__(self, max_seq_len=4096, reserved_seq_len=128, positions='rerotate', kept_frames:int=6):
             super().__init__(max_seq_len, reserved_seq_len, positions)
             self.kept_frames = kept_frames
         def compress_cache(self, context): return self.go_on(context, [context.first, *context.last_frames(2*self.kept_frames)[::2]])
@@ -654,18 +655,18 @@ def test_a_slot_remembers_nobody(tiny, moment, monkeypatch):
     if moment == 'reply':
         stream.speak_threshold = 0.
         batch.add('leaves', picture(3), ['Hello?'])
-        while not ('leaves' in batch.working and batch.working['leaves'].ask.what == 'word'): batch.step()
+        while not ('leaves' in batch.working and batch.working['leaves'].request.what == 'token'): batch.step()
         batch.step()
         assert 'leaves' in batch.working and stream.memory.segments[-1].kind == 'assistant'
     if moment == 'summary':
-        answer = model.answer
+        answer = model.forward_batch
         def stop(asks, *args):
             if asks[0].memory.segments[-1].kind == 'summary' and len(asks[0].memory.segments[-1].ids) > 8: raise KeyboardInterrupt
             return answer(asks, *args)
-        monkeypatch.setattr(model, 'answer', stop)
+        monkeypatch.setattr(model, 'forward_batch', stop)
         with pytest.raises(KeyboardInterrupt):
             for image in film(23, 40): batch.push(dict(leaves=image))
-        monkeypatch.setattr(model, 'answer', answer)
+        monkeypatch.setattr(model, 'forward_batch', answer)
     row = stream.memory.row
     batch.leave('leaves')
     if moment == 'poison': poison(batch.cache, row)
@@ -697,8 +698,8 @@ def some_tasks(layout, seed, count=8):
         room = 8000 if name == 'none' else prompt + 160 if name == 'summarize_and_drop' else prompt + 110
         images = [None if rng.random() < .08 else image for image in film(100*seed + k, int(rng.integers(8, 26)))]
         words = {i: ['Is it done?']*int(rng.integers(1, 3)) for i in range(len(images)) if rng.random() < .1}
-        options = dict(steps=many_names(S), goal='sort', filter_options=[None, {}][k % 2], max_reply_tokens=int(rng.integers(1, 9)),
-                       speak_threshold=float(rng.choice([.3, .6])), refractory_s=float(rng.choice([0., 2.])))
+        options = dict(steps=many_names(S), goal='sort', tracker_options=[None, {}][k % 2], max_reply_tokens=int(rng.integers(1, 9)),
+                       speak_threshold=float(rng.choice([.3, .6])), cooldown_s=float(rng.choice([0., 2.])))
         tasks.append((options, (name, room, 60, more), images, words))
     return tasks
 
@@ -837,13 +838,14 @@ def test_the_report_in_a_process(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path/'report.json').read_text())
     rows = {(r['strategy'], r['positions'], r['cuts']): r for r in report['rows']}
-    expected = {(name, more.get('positions', 'rebuild'), cuts) for name, more in WAYS for cuts in (1, 3, 10)}
-    assert {k for k in rows if k[0] != 'drop_all' or k[1] == 'rebuild'} == {k for k in expected if k[0] != 'drop_all' or k[1] == 'rebuild'}
+    expected = {(name, more.get('positions', 'recompute'), cuts) for name, more in WAYS for cuts in (1, 3, 10)}
+    real = lambda keys: {k for k in keys if k[0] != 'drop_all' or k[1] == 'recompute'}
+    assert real(rows) == real(expected)
     for (name, positions, _), row in rows.items():
-        exact = positions == 'rebuild' or name == 'drop_all'
+        exact = positions == 'recompute' or name == 'drop_all'
         if exact: assert max(row['words'], row['decisions']) <= 1e-4, row
         assert name in done.stdout
-    assert max(r['words'] for r in report['rows'] if r['positions'] != 'rebuild') > 1e-3      # else it measures nothing
+    assert max(r['words'] for r in report['rows'] if r['positions'] != 'recompute') > 1e-3      # else it measures nothing
     assert environment().keys() <= report.keys() and set(report['key_drift_bf16']) == {'1', '10', '100'}
 
 

@@ -36,9 +36,9 @@ def weights(trainer): return torch.cat([p.detach().flatten() for p in trainer.mo
     (['++train.lora_rank=4', '++train.freeze_text=true'], 'freeze_text=true: lora_rank'),
     (['++train.qlora=true'], 'qlora=true: 4-bit weights cannot learn'),
     (['++train.max_seq_len=9000'], 'reads at most 8192'),
-    (['model.pointer_source=hidden'], 'set train.glimpses=0'),
+    (['model.pointer_source=hidden'], 'set train.auxiliary_samples=0'),
     (['++train.dataloader_persistent_workers=true', '++train.dataloader_num_workers=1'], 'would not know the next one'),
-    (['++train.eval_strategy=steps', '++train.eval_steps=1', '++eval.filter.foo=1'], 'eval.filter.foo'),
+    (['++train.eval_strategy=steps', '++train.eval_steps=1', '++eval.state_tracker.foo=1'], 'eval.state_tracker.foo'),
 ))
 def test_said_before_it_begins(overrides, said, tmp_path):
     with pytest.raises(InputError, match=said): trainer_of(tmp_path, *overrides)

@@ -504,7 +504,7 @@ def test_two_at_once_and_one_in_another(clips):
 
 def test_the_interpreter_ends():
     "Forgotten queues, one full and one waiting for its source, do not keep the program."
-    code = ('import itertools, time\nfrom dst_smolvlm.video import prefetch\n'
+    code = ('import itertools, time\nfrom dst_smolvlm.data.frames import prefetch\n'
             'full, waiting = prefetch(itertools.count(), 2), prefetch(iter(lambda: time.sleep(300), 1), 2)\nprint(next(full))')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, '0\n', '')

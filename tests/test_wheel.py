@@ -30,7 +30,7 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope='module')
 def elsewhere(wheel, tmp_path_factory):
     "How to run the installed package: an empty folder, and an environment in which only the wheel's files provide it."
-    site, cwd = tmp_path_factory.mktemp('site'), tmp_path_factory.mktemp('elsewhere')
+    site, cwd = tmp_path_factory.mktemp('site'), tmp_path_factory.mktemp('external')
     run('-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', site, wheel)
     env = {**os.environ, 'PYTHONPATH': str(site), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
     found = run('-c', 'import dst_smolvlm; print(dst_smolvlm.__file__)', cwd=cwd, env=env)

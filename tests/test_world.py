@@ -18,7 +18,7 @@ from dst_smolvlm.metrics.scores import score_traces
 from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.world.render import COLOURS, SHAPES, Part, draw_noise
-from dst_smolvlm.world.scenes import ToyScenes, load_glimpse_scenes, load_scenes
+from dst_smolvlm.world.scenes import ToyScenes, load_auxiliary_scenes, load_scenes
 from dst_smolvlm.world.toy_world import LIMITS, SPLITS, Scene, WorldConfig, in_hand, make_scene, render, render_frame, replay
 
 root = Path(__file__).parent.parent
@@ -101,12 +101,14 @@ def test_threads_do_not_draw_on_each_others_frames():
 @pytest.fixture(scope='module')
 def streams():
     _, layout = build_tiny()
-    return DSTStreamDataset(ToyScenes('train', 6, 2, WorldConfig(**EVERYTHING | dict(length=300, max_steps=4))), layout, 64, glimpses=3)
+    return DSTStreamDataset(ToyScenes('train', 6, 2, WorldConfig(**EVERYTHING | dict(length=300, max_steps=4))), layout, 64,
+                            auxiliary_samples=3)
 
 
 def row_hashes(item):
-    (stream, dialogue), glimpses, _ = item[0]
-    tensors = [stream['input_ids'], stream['pixel_values'], stream['told'], dialogue['input_ids'], *(g['pixels'] for g in glimpses)]
+    (stream, dialogue), auxiliary_samples, _ = item[0]
+    tensors = [stream['input_ids'], stream['pixel_values'], stream['previous_state'], dialogue['input_ids'],
+               *(g['pixels'] for g in auxiliary_samples)]
     return [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors]
 
 
@@ -309,7 +311,7 @@ def test_variants(name, check):
     for split in ('validation', 'test'):
         scenes = load_scenes(cfg, split)
         for i in range(min(len(scenes), 20)): check(scenes[i])
-    for scenes in (load_scenes(cfg, 'train'), load_glimpse_scenes(cfg)):
+    for scenes in (load_scenes(cfg, 'train'), load_auxiliary_scenes(cfg)):
         assert max(scenes[i].record.num_frames() for i in range(40)) < 450           # training videos stay short
 
 

@@ -79,28 +79,28 @@ class OraclePlayer:
 
     def __getattr__(self, name): return getattr(self.model, name)
 
-    def decision(self, frame:int, told) -> tuple:
+    def decision(self, frame:int, previous_state) -> tuple:
         "(P(speak), P(update), P(state) [S, 3], P(pointer) [S+1]) at a frame at which the state `told` is [S]."
         active = np.append(self.states[frame] == IN_PROGRESS, False).astype(float)
         active[-1] = not active.any()
-        update = frame in self.updates or (told != self.states[frame]).any()
+        update = frame in self.updates or (previous_state != self.states[frame]).any()
         return float(frame in self.speech), float(update), np.eye(3)[self.states[frame]], active/active.sum()
 
     def reply(self, frame:int) -> str: return self.speech.get(frame, '')
 
-    def answer(self, asks, layout) -> list:
+    def forward_batch(self, requests, layout) -> list:
         "What the streams ask, after the model has read what they have written."
-        self.model.answer(asks, layout)
+        self.model.forward_batch(requests, layout)
         answers = []
-        for ask in asks:
-            frame, kind = ask.memory.frame, ask.memory.segments[-1].kind
-            if ask.what == 'decision': self.words = iter(layout.assistant(self.reply(frame)))
-            if ask.what == 'decision': answers.append(self.decision(frame, ask.memory.told))
+        for request in requests:
+            frame, kind = request.memory.frame, request.memory.segments[-1].kind
+            if request.what == 'decision': self.words = iter(layout.assistant(self.reply(frame)))
+            if request.what == 'decision': answers.append(self.decision(frame, request.memory.previous_state))
             else: answers.append(next(self.words) if kind == 'assistant' else layout.end_id)              # a summary is empty
         return answers
 
 def stream_oracle(model, layout, record:VideoRecord, frames, **options) -> Trace:
     "What the `OraclePlayer` leaves behind on a video; `options` of `Stream`."
     longest = max((len(layout.assistant(text)) for text in reference_speech(record).values()), default=1)
-    return stream_record(OraclePlayer(model, layout, record), layout, record, frames, name='oracle', filter_options=None,
+    return stream_record(OraclePlayer(model, layout, record), layout, record, frames, name='oracle', tracker_options=None,
                          **dict(max_reply_tokens=longest) | options)

@@ -27,7 +27,7 @@ def short_hash(parts) -> str: return hashlib.sha256('\n'.join(parts).encode()).h
 def hash_file(path) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 def hash_scenes(scenes) -> dict[str, str|None]:
-    "Short hashes of what is annotated, and of the videos; predictions from elsewhere are scored without these, and then there is none."
+    "Short hashes of what is annotated, and of the videos; external predictions are scored without these, and then there is none."
     records = (json.dumps(s.record.model_dump(mode='json'), sort_keys=True) for s in scenes)
     try: videos = short_hash(s.identity() for s in scenes)
     except InputError: videos = None
@@ -60,7 +60,7 @@ def describe_measures(cfg, records, language) -> dict:
 def describe_stream(cfg, checkpoint, variants, thresholds:dict, tuned_f1:dict, source:str) -> dict:
     "How the videos were streamed."
     trained = checkpoint and Path(checkpoint).parent/'config.yaml'
-    plain = {k: OmegaConf.to_container(cfg.eval)[k] for k in ('filter', 'refractory_s', 'max_reply_tokens', 'int8_vision')}
+    plain = {k: OmegaConf.to_container(cfg.eval)[k] for k in ('state_tracker', 'cooldown_s', 'max_reply_tokens', 'int8_vision')}
     told_truth = [v.name for v in variants if knows_truth(v.strategy or cfg.context_strategy)]
     return dict(checkpoint=str(checkpoint) if checkpoint else None, clock=cfg.eval.clock or 'the video waits',
                 training_seed=OmegaConf.load(trained).train.seed if trained and trained.is_file() else None,

@@ -18,11 +18,12 @@ from matplotlib.text import Text
 from ..data.schema import RecordError
 
 # %% ../../nbs/08_evaluation/05_report.ipynb #5de75d92
-KINDS = dict(streamed='streamed', elsewhere='from elsewhere', control='controls, which a tracker must fail', baseline='no model at all')
+KINDS = dict(streamed='streamed', external='external predictions', control='controls, which a tracker must fail',
+             baseline='no model at all')
 SUMMARY = dict(score='score', speaking_f1='speaking F1', update_f1='update F1', joint_goal_accuracy='joint goal accuracy',
                slot_accuracy='slot accuracy', response_names_step='names the step')
 TABLES = (
-    ('Speaking', 'When it spoke. <i>Ready</i> is by the honest clock: each reply counts at the moment at which it was out (rows without '
+    ('Speaking', 'When it spoke. <i>Ready</i> is by the real-time clock: each reply counts at the moment at which it was out (rows without '
                  'times answer at once). PAUC is the area under the best answer so far, from the event on: timeliness × correctness, '
                  'honest and as if no time had passed. <i>AP</i> is the area under precision over recall, at up to 200 thresholds.',
      dict(speaking_precision='precision', speaking_recall='recall', speaking_f1='F1', speaking_ap='AP', ready_f1='ready F1', pauc='PAUC',

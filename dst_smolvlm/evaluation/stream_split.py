@@ -28,7 +28,7 @@ from ..data.schema import RecordError, VideoRecord
 from .variants import Variant, controlled, suited
 from ..model.modeling import checkpoint_hash, load_pretrained
 from ..streaming.context_strategies import make_strategy
-from ..streaming.session import HonestClock, backbone_dtype, pick_device, prepare, runner_options, stream_record
+from ..streaming.session import RealTimeClock, backbone_dtype, pick_device, prepare, runner_options, stream_record
 from ..streaming.trace import Traces, read_trace, write_trace
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #b5bbdae1
@@ -64,9 +64,9 @@ class Job:
         eval_cfg = self.cfg.eval
         strategy = self.variant.strategy or OmegaConf.to_container(self.cfg.context_strategy)
         truth = strategy.get('dst_file') and hashlib.sha256(Path(strategy['dst_file']).read_bytes()).hexdigest()
-        options = strategy, truth, OmegaConf.to_container(OmegaConf.create(dict(filter=eval_cfg.filter)))
-        others = [eval_cfg[key] for key in ('max_reply_tokens', 'refractory_s', 'clock', 'int8_vision', 'dtype')]
-        variant = self.variant.name, self.variant.use_filter, self.variant.control
+        options = strategy, truth, OmegaConf.to_container(OmegaConf.create(dict(filter=eval_cfg.state_tracker)))
+        others = [eval_cfg[key] for key in ('max_reply_tokens', 'cooldown_s', 'clock', 'int8_vision', 'dtype')]
+        variant = self.variant.name, self.variant.use_tracker, self.variant.control
         parts = [self.weights, CODE, variant, self.thresholds, *options, *others,
                  pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.shown]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -127,8 +127,8 @@ def stream_one(job:Job) -> Path:
     reset_peak(model.device)
     record, frames = controlled(job.variant, job.scene)
     options = runner_options(job.cfg, model, job.thresholds) | dict(strategy=strategy_of(job, model, layout))
-    if not job.variant.use_filter: options['filter_options'] = None
-    clock = job.cfg.eval.clock and HonestClock(record.fps, job.cfg.eval.clock)
+    if not job.variant.use_tracker: options['tracker_options'] = None
+    clock = job.cfg.eval.clock and RealTimeClock(record.fps, job.cfg.eval.clock)
     meta = dict(fingerprint=job.fingerprint, clock=job.cfg.eval.clock, checkpoint_hash=job.weights)
     trace = stream_record(model, layout, record, frames, name=job.variant.name, meta=meta, clock=clock, **options)
     trace.meta.update(costs(model))

@@ -26,7 +26,7 @@ def threshold_figures(tallies, tolerance_s:float) -> list[tuple]:
     return figures
 
 def threshold_notes(tallies:list, thresholds:dict, tuned_f1:dict, tolerance_s:float, filtered:bool) -> list[str]:
-    "What the sweeps of the model say, as paragraphs; `filtered`: its states were settled by the online filter."
+    "What the sweeps of the model say, as paragraphs; `filtered`: its states were settled by the state tracker."
     notes = [f"<p class='note'>{RESTREAM_NOTE}</p>"]
     for head, name in (('speak', 'Speaking'), ('update', 'Update')):
         best, used = best_threshold(curves(tallies, head, tolerance_s)), thresholds[head]

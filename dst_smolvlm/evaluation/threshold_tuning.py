@@ -32,20 +32,20 @@ def not_at_once(fired:np.ndarray, heard, quiet_frames:float) -> np.ndarray:
         if i - last > quiet_frames or i in heard: spoken.append(i); last = i
     return np.array(spoken, dtype=int)
 
-def fired_at(probs:np.ndarray, theta:float, record:VideoRecord, head:str, refractory_s:float=0., fps:float|None=None) -> list[int]:
+def fired_at(probs:np.ndarray, theta:float, record:VideoRecord, head:str, cooldown_s:float=0., fps:float|None=None) -> list[int]:
     "The frames at which the decision `head` ('speak' or 'update') would be yes at the threshold `theta`; NaN, of a frame not read, is no."
     fired = np.flatnonzero(probs >= theta)
-    if head == 'speak' and refractory_s:
-        fired = not_at_once(fired, set(reference_speech(record, fps, 'user')), refractory_s*(fps or record.fps))
+    if head == 'speak' and cooldown_s:
+        fired = not_at_once(fired, set(reference_speech(record, fps, 'user')), cooldown_s*(fps or record.fps))
     return fired.tolist()
 
 # %% ../../nbs/08_evaluation/03_threshold_tuning.ipynb #104793c8
-def sweep_video(trace:Trace, record:VideoRecord, head:str, tolerance_s:float, grid=THRESHOLD_GRID, refractory_s:float=0.) -> np.ndarray:
+def sweep_video(trace:Trace, record:VideoRecord, head:str, tolerance_s:float, grid=THRESHOLD_GRID, cooldown_s:float=0.) -> np.ndarray:
     "Matched, redundant and missed decisions of one video at every threshold of the grid: int [K, 3]."
     (probs, events), within = trace_probabilities(trace, record, head), int(tolerance_s*trace.fps + 1e-9)
     counts = np.zeros((len(grid), 3), int)
     for k, theta in enumerate(grid):
-        fired = fired_at(probs, theta, record, head, refractory_s, trace.fps)
+        fired = fired_at(probs, theta, record, head, cooldown_s, trace.fps)
         tp = count_matches(fired, events, within)
         counts[k] = tp, len(fired) - tp, len(events) - tp
     return counts
@@ -56,14 +56,14 @@ class Tuned(NamedTuple):
     threshold: float
     f1: float|None
 
-def tune_thresholds(traces, records:list[VideoRecord], tolerance_s:float, grid=THRESHOLD_GRID, refractory_s:float=0.) -> dict[str, Tuned]:
+def tune_thresholds(traces, records:list[VideoRecord], tolerance_s:float, grid=THRESHOLD_GRID, cooldown_s:float=0.) -> dict[str, Tuned]:
     "The thresholds of the decisions {speak, update} with the best F1 on stored probabilities; there must be one trace for each record."
     by_uid, counts, seen = {r.uid: r for r in records}, dict(speak=0, update=0), []
     for trace in traces:                                                                    # each is read once
         seen.append(trace.video_uid)
         if trace.video_uid not in by_uid: break
         for head in counts:
-            counts[head] = counts[head] + sweep_video(trace, by_uid[trace.video_uid], head, tolerance_s, grid, refractory_s)
+            counts[head] = counts[head] + sweep_video(trace, by_uid[trace.video_uid], head, tolerance_s, grid, cooldown_s)
     check_pairs(seen, [r.uid for r in records])
     best = {}
     for head, c in counts.items():
@@ -73,10 +73,10 @@ def tune_thresholds(traces, records:list[VideoRecord], tolerance_s:float, grid=T
     return best
 
 # %% ../../nbs/08_evaluation/03_threshold_tuning.ipynb #487d9dcd
-def with_thresholds(trace:Trace, record:VideoRecord, thresholds:dict[str, float], refractory_s:float=0.) -> Trace:
+def with_thresholds(trace:Trace, record:VideoRecord, thresholds:dict[str, float], cooldown_s:float=0.) -> Trace:
     "The trace as if its decisions had had these `thresholds` {speak, update}, its feedback left as it was; unknown words are '…'."
     probs, _ = trace_probabilities(trace, record, 'speak')
-    speaks = set(fired_at(probs, thresholds['speak'], record, 'speak', refractory_s, trace.fps))
+    speaks = set(fired_at(probs, thresholds['speak'], record, 'speak', cooldown_s, trace.fps))
     frames = [f.model_copy(update=dict(text=(f.text or '…') if f.index in speaks else None)) for f in trace.frames]
     return trace.model_copy(update=dict(frames=frames, meta=trace.meta | dict(thresholds=dict(thresholds))))
 
@@ -104,7 +104,7 @@ def tune_variants(checkpoint, variants, scenes, cfg, out, ranks, failed=()) -> T
             raise InputError(f'all {videos} validation videos failed, and without them no threshold can be tuned: mend them, or give '
                              f'eval.speak_threshold and eval.update_threshold. The first: {failed[0]}')
         for name, traces in streamed.traces.items():
-            tuned = tune_thresholds(traces, [s.record for s in scenes], cfg.eval.tolerance_s, refractory_s=cfg.eval.refractory_s)
+            tuned = tune_thresholds(traces, [s.record for s in scenes], cfg.eval.tolerance_s, cooldown_s=cfg.eval.cooldown_s)
             thresholds[name] = {head: t.threshold for head, t in tuned.items()} | given
             f1[name] = {head: tuned[head].f1 for head in open_}
         source.append(tuned_in_words(open_, f1, len(scenes), videos, own, like, cfg.eval.split))

@@ -25,15 +25,15 @@ class Variant:
     "One way to stream a video; a row of the scores."
     name: str
     what: str = ''
-    use_filter: bool = True
+    use_tracker: bool = True
     control: str | None = None          # 'grey' frames, or 'permuted' step lines
     strategy: dict | None = field(default=None, hash=False)   # the options of another context strategy
     checkpoint: str | None = None       # another one than that of the configuration
     like: str = ''                      # the variant whose thresholds it takes; its own if empty
 
 # %% ../../nbs/08_evaluation/01_variants.ipynb #31cb275f
-MODEL = Variant('model', 'own feedback, with the online filter')
-HEAD_ONLY = Variant('model_head_only', 'own feedback, head 4 alone', use_filter=False, like='model')
+MODEL = Variant('model', 'own feedback, with the state tracker')
+HEAD_ONLY = Variant('model_head_only', 'own feedback, head 4 alone', use_tracker=False, like='model')
 CONTROLS = (Variant('control_grey', 'control: every frame is grey', control='grey', like='model'),
             Variant('control_permuted', 'control: the step lines are permuted', control='permuted', like='model'))
 

@@ -22,7 +22,7 @@ def perplexity(checkpoint, scenes, cfg) -> float|None:
     "exp of the mean negative log-likelihood of the tokens that the assistant of the reference says; None if it says nothing."
     model, layout = load_pretrained(checkpoint, dtype=backbone_dtype(cfg), device=pick_device(cfg))
     model, size, limit = prepare(model, cfg), model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
-    plain = dict(corrupt_told=0, drop_replies=0, from_middle=0, dialogues=0, glimpses=0)
+    plain = dict(state_corruption=0, drop_replies=0, from_middle=0, dialogues=0, auxiliary_samples=0)
     clips = DSTStreamDataset(scenes, layout, size, min(limit, 4096), split_long=True, **plain)
     collate, surprise, said = StreamCollator(layout.tokenizer.pad_token_id), 0., 0
     for k in tqdm(range(len(clips)), desc='perplexity', leave=False):

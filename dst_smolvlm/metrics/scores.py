@@ -81,7 +81,7 @@ def matched_texts(trace: Trace, record: VideoRecord, matching: Matching, above: 
     return [(said[p.pred], ref[p.ref]) for p in matching.pairs if p.similarity > above]
 
 def count_speech(trace: Trace, record: VideoRecord, tolerance_frames: int, matching: Matching, language: Language|None=None) -> Counter:
-    "What there is to count of the replies of one video: in time, beside the reference's words, and by the honest clock."
+    "What there is to count of the replies of one video: in time, beside the reference's words, and by the real-time clock."
     ref, spoken = reference_speech(record, trace.fps), trace.spoken
     ready = [i for i, _ in ready_spoken(trace)]                                   # in time only if it was ready in time
     counts = Counter(_prf_counts('speaking', event_prf([i for i, _ in spoken], list(ref), tolerance_frames)))

@@ -229,7 +229,7 @@ RESTREAM_NOTE = (
     'A sweep over stored probabilities is exact for each decision given the feedback that there was, and an approximation of a '
     'new stream with that threshold, in which the model would have been told other words and states. It is exact (1) as long as '
     'no decision differs; (2) up to and including the first decision that differs; (3) for every update threshold if the online '
-    'filter settled the state, because head 2 is then only reported. It asks head 1 alone, without the refractory time after a '
+    'filter settled the state, because head 2 is then only reported. It asks head 1 alone, without the cooldown after a '
     'reply. For a final figure, stream again with the chosen threshold.')
 
 # %% ../../nbs/07_metrics/06_thresholds.ipynb #c70f3020

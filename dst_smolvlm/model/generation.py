@@ -24,7 +24,7 @@ class CachedReading:
         "Image tokens in the places of `<image>`; unchecked, as to count them on a GPU would mean to wait for it."
         return embeds.masked_scatter((input_ids == self.config.image_token_id)[..., None], frame_tokens.to(embeds.dtype))
 
-    def feed(
+    def prefill(
         self, ids: list[int],
         cache: DynamicCache,                          # grows by `ids`
         frame_tokens: torch.Tensor|None = None,       # [F, N, D] for the `<image>` ids, if there are any
@@ -49,10 +49,10 @@ class GreedyGeneration(CachedReading):
         "The likeliest continuation, without its end token, and the cache that holds all of it."
         said, forbidden = [], torch.tensor(list(never), dtype=torch.long, device=self.device)
         while len(said) < max_new_tokens:
-            hidden, _ = self.feed(ids, cache)
+            hidden, _ = self.prefill(ids, cache)
             scores = self.lm_head(hidden[:, -1])                                            # [1, V]
             token = int(scores.index_fill(-1, forbidden, -torch.inf).argmax(-1))
             if token == end_id: break
             said.append(token); ids = [token]
-        else: self.feed(ids, cache)                      # the last word is in the cache too
+        else: self.prefill(ids, cache)                      # the last word is in the cache too
         return said, cache

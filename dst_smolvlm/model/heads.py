@@ -110,7 +110,7 @@ class HeadsOutput(ModelOutput):
     state_logits: torch.Tensor = None      # [B, T, S, 3]
     lm_logits: torch.Tensor = None         # [n, V] at the labelled tokens
     lm_targets: torch.Tensor = None        # [n]
-    glimpse_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
+    auxiliary_logits: torch.Tensor = None    # [G, F, S+1] pointer of single frames
 
 # %% ../../nbs/03_model/03_heads.ipynb #362f2b4d
 def in_float32(method):
@@ -175,24 +175,24 @@ class StateHead(HeadPart):
         self.fuse = nn.Sequential(LayerNorm32(H), nn.GELU(), Linear32(H, H), nn.GELU())
         self.dst_state_head = Linear32(H, 3)
 
-    def track(self, h, steps:StepMemory, p, told) -> torch.Tensor:
+    def track(self, h, steps:StepMemory, p, previous_state) -> torch.Tensor:
         "State logits [B, T, S, 3] from frame vectors `h` [B, T, D], the pointer's probabilities `p` [B, T, S+1] and told states [B, T, S]."
         p_step, p_none = p[..., :-1], p[..., -1:].expand_as(p[..., :-1])                    # [B, T, S]
         p_other = (1 - p_step - p_none).clamp_min(0)
         x = self.frame_proj(h)[:, :, None]*self.step_proj(steps.hidden.float())[:, None]   # [B, T, S, H]
-        x = x + self.pointer_proj(torch.stack([p_step, p_none, p_other], -1)) + self.told_embedding(told).float()
+        x = x + self.pointer_proj(torch.stack([p_step, p_none, p_other], -1)) + self.told_embedding(previous_state).float()
         return self.dst_state_head(self.fuse(x))
 
 # %% ../../nbs/03_model/03_heads.ipynb #fceff5a5
-def pointed_states(p, told, valid) -> torch.Tensor:
+def pointed_states(p, previous_state, valid) -> torch.Tensor:
     "[B, T, 5]: how much the pointer is on the steps told to be in each state, and on none; and whether any was told to be in progress."
-    told = F.one_hot(told, 3)*valid[:, None, :, None]                                   # [B, T, S, 3]
-    on_state = (p[..., :-1, None]*told).sum(-2)                                         # [B, T, 3]
-    return torch.cat([on_state, p[..., -1:], told[..., IN_PROGRESS].amax(-1, keepdim=True).to(p.dtype)], -1)
+    previous_state = F.one_hot(previous_state, 3)*valid[:, None, :, None]                                   # [B, T, S, 3]
+    on_state = (p[..., :-1, None]*previous_state).sum(-2)                                         # [B, T, 3]
+    return torch.cat([on_state, p[..., -1:], previous_state[..., IN_PROGRESS].amax(-1, keepdim=True).to(p.dtype)], -1)
 
-def outdated(state_logits, told, valid) -> torch.Tensor:
+def outdated(state_logits, previous_state, valid) -> torch.Tensor:
     "Log-odds [B, T], cut at ±8, that some step is not in the state that was told."
-    as_told = F.log_softmax(state_logits, -1).gather(-1, told[..., None])[..., 0]       # [B, T, S]
+    as_told = F.log_softmax(state_logits, -1).gather(-1, previous_state[..., None])[..., 0]       # [B, T, S]
     same = as_told.masked_fill(~valid[:, None], 0).sum(-1).clamp_max(-1e-4)
     return (torch.log(-torch.expm1(same)) - same).clamp(-8, 8)
 
@@ -217,16 +217,16 @@ class DecisionHeads(HeadPart):
 class DSTHeads(StateHead, StepPointer, DecisionHeads):      # built from the last to the first: the order of the weights
     "Heads 1, 2 and 4 and the active-step pointer; all compute in float32."
     @in_float32
-    def forward(self, frame_hidden, frame_tokens, steps:StepMemory, told) -> HeadsOutput:
+    def forward(self, frame_hidden, frame_tokens, steps:StepMemory, previous_state) -> HeadsOutput:
         "From frame vectors [B, T, D], image tokens [B, T, N, D], the steps' vectors and the told states [B, T, S]; lm_token: no decisions."
         h = frame_hidden.float()
         query = self.look(frame_hidden[:, :, None] if self.from_hidden else frame_tokens)   # [B, T, H]
         pointer = self.point(query, steps)                                                  # [B, T, S+1]
         p = pointer.softmax(-1)
-        state = self.track(h, steps, p, told)                                               # [B, T, S, 3]
+        state = self.track(h, steps, p, previous_state)                                               # [B, T, S, 3]
         if not self.decides: return HeadsOutput(pointer_logits=pointer, state_logits=state)
-        changed = outdated(state, told, steps.valid)[..., None]                             # [B, T, 1]
-        speak, update = self.weigh(h, torch.cat([query, pointed_states(p, told, steps.valid), changed], -1))
+        changed = outdated(state, previous_state, steps.valid)[..., None]                             # [B, T, 1]
+        speak, update = self.weigh(h, torch.cat([query, pointed_states(p, previous_state, steps.valid), changed], -1))
         return HeadsOutput(speak_logits=speak, update_logits=update, pointer_logits=pointer, state_logits=state)
 
 # %% ../../nbs/03_model/03_heads.ipynb #b065fda6

@@ -34,8 +34,8 @@ The package registers the architecture. The steps are given as text, and may be 
 
 ```python
 import numpy as np
-from {package}.model import load_pretrained
-from {package}.stream import StreamRunner
+from {package}.model.modeling import load_pretrained
+from {package}.streaming.runner import StreamRunner
 
 model, layout = load_pretrained('.')            # this folder, or the name of its repository
 runner = StreamRunner(model.eval(), layout, steps=['boil the water', 'pour it on'], goal='make tea')

@@ -102,20 +102,20 @@ class DSTSmolVLM(StreamGeneration, SmolVLMForConditionalGeneration):
         go_on, speak, update = F.linear(frame_hidden.float(), rows).unbind(-1)              # [B, T] each
         return torch.stack([go_on, speak], -1), torch.stack([go_on, update], -1)
 
-    def decide(self, frame_hidden, frame_tokens, steps:StepMemory, told) -> HeadsOutput:
+    def decide(self, frame_hidden, frame_tokens, steps:StepMemory, previous_state) -> HeadsOutput:
         "Both decisions, pointer and states from frame vectors [B, T, D], image tokens [B, T, N, D], the steps and told states [B, T, S]."
-        out = self.heads(frame_hidden, frame_tokens, steps, told)
+        out = self.heads(frame_hidden, frame_tokens, steps, previous_state)
         if not self.heads.decides: out.speak_logits, out.update_logits = self.token_logits(frame_hidden)
         return out
 
-    def forward(self, input_ids=None, pixel_values=None, frame_positions=None, step_spans=None, told=None, labels=None,
-                frame_tokens=None, learn_frames=None, glimpse_ids=None, glimpse_pixels=None, glimpse_tokens=None, glimpse_spans=None,
-                **kwargs) -> HeadsOutput:
+    def forward(self, input_ids=None, pixel_values=None, frame_positions=None, step_spans=None, previous_state=None, labels=None,
+                frame_tokens=None, learn_frames=None, auxiliary_ids=None, auxiliary_pixels=None, auxiliary_tokens=None,
+                auxiliary_spans=None, **kwargs) -> HeadsOutput:
         """One pass over whole streams: every frame is supervised at once.
         input_ids [B, L]; pixel_values [F, 3, H, W] or frame_tokens [F, N, D] of all frames in reading order; frame_positions [B, T]
         (-1 pads); step_spans [B, S, 2] (-1 pads); told [B, T, S]; labels [B, L], shifted here and nowhere else. Rows are padded on the
         right, where a causal model cannot look: no attention mask is needed, and the fast causal kernel is used. Beside the streams,
-        G prompts with F single frames each (`glimpse_*`) may train the pointer; they do not go through the language model. Without
+        G prompts with F single frames each (`auxiliary_*`) may train the pointer; they do not go through the language model. Without
         frame_positions this is SmolVLM's own forward, which `generate()` calls."""
         if frame_positions is None: return super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)
         if frame_tokens is None: frame_tokens = self.encode_streams(pixel_values, learn_frames)
@@ -125,15 +125,15 @@ class DSTSmolVLM(StreamGeneration, SmolVLMForConditionalGeneration):
         at_frames = hidden.gather(1, frame_positions.clamp_min(0)[..., None].expand(-1, -1, hidden.shape[-1]))   # [B, T, D]
         tokens = frame_tokens.new_zeros(*real.shape, *frame_tokens.shape[1:])
         tokens[real] = frame_tokens                                                               # [B, T, N, D]
-        out = self.decide(at_frames, tokens, self.step_memory(hidden, embeds, step_spans), told.clamp_min(0))
+        out = self.decide(at_frames, tokens, self.step_memory(hidden, embeds, step_spans), previous_state.clamp_min(0))
         if labels is not None:
             learn = labels[:, 1:] != -100
             out.lm_logits, out.lm_targets = self.lm_head(hidden[:, :-1][learn]), labels[:, 1:][learn]
-        if glimpse_ids is not None:
-            words = self.get_input_embeddings()(glimpse_ids)
-            steps = self.step_memory(words, words, glimpse_spans)
-            seen = self.encode_frames(glimpse_pixels) if glimpse_tokens is None else glimpse_tokens      # [G*F, N, D]
-            out.glimpse_logits = self.heads.point(self.heads.look(seen.unflatten(0, (len(words), -1))), steps)
+        if auxiliary_ids is not None:
+            words = self.get_input_embeddings()(auxiliary_ids)
+            steps = self.step_memory(words, words, auxiliary_spans)
+            seen = self.encode_frames(auxiliary_pixels) if auxiliary_tokens is None else auxiliary_tokens      # [G*F, N, D]
+            out.auxiliary_logits = self.heads.point(self.heads.look(seen.unflatten(0, (len(words), -1))), steps)
         return out
 
 # %% ../../nbs/03_model/07_modeling.ipynb #80f2135c

@@ -119,7 +119,7 @@ class StreamTokens:
 def layout_stream(
     layout: StreamLayout,
     record: VideoRecord,
-    told: np.ndarray,               # [T+1, S]: row i is what the model is told before frame `start + i`, so a state turn stands after
+    previous_states: np.ndarray,    # [T+1, S]: row i is what the model is told before frame `start + i`, so a state turn stands after
                                     # that frame where row i+1 differs
     start: int = 0,
     stop: int|None = None,          # frames `start` to `stop` of the video; all by default
@@ -130,7 +130,7 @@ def layout_stream(
     "The tokens of a video, and which of them are to be learned."
     names, turns = [s.name for s in record.steps], record.turns_at()
     stop = record.num_frames() if stop is None else stop
-    prompt = layout.prompt(record.goal, record.knowledge, names, told[0])
+    prompt = layout.prompt(record.goal, record.knowledge, names, previous_states[0])
     stream = StreamTokens([], [], step_spans=prompt.step_spans)
     stream.add(prompt.ids)
     for i, frame in enumerate(range(start, stop)):
@@ -139,7 +139,8 @@ def layout_stream(
             if turn.role == 'user': piece.add(layout.user(turn.content))
         if frames: piece.add(layout.frame)
         position = len(stream.ids) + len(piece.ids) - 1
-        if (np.asarray(told[i]) != told[i+1]).any(): piece.add(layout.update(told[i], told[i+1], names))
+        before, after = np.asarray(previous_states[i]), previous_states[i+1]
+        if (before != after).any(): piece.add(layout.update(before, after, names))
         for turn in turns.get(frame, []):
             if turn.role != 'assistant' or not replies: continue
             piece.add(layout.assistant_open); piece.add(layout.assistant(turn.content), learn=True); piece.add(layout.turn_end)

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from ..core.config import InputError
 from ..data.frames import frames_to_pixels
-from ..model.kv_cache import turn_keys
+from ..model.kv_cache import rerotate_keys
 from ..model.modeling import DSTSmolVLM
 from ..model.stream_layout import StreamLayout
-from ..model.stream_memory import Segment, StreamMemory, say, visible_state
+from ..model.stream_memory import Segment, StreamMemory, generate_turn, visible_state
 from .context_strategies import POSITIONS, BaseContextStrategy, Context, Continuation, make_strategy, size
 from ..world.toy_world import make_scene
 
@@ -40,11 +40,11 @@ class KVCacheManager:
         self.model, self.layout, self.memory, self.strategy, self.write_prompt = model, layout, memory, strategy, write_prompt
         self.first, self.video_uid, self.fps, self.overflows = memory.segments[0], video_uid, fps, 0
         self.last_position = model.config.text_config.max_position_embeddings
-        self.prompt_tokens = longest_prompt(write_prompt, len(memory.told)) if strategy.rewrites else len(self.first.ids)
+        self.prompt_tokens = longest_prompt(write_prompt, len(memory.previous_state)) if strategy.rewrites else len(self.first.ids)
         strategy.check(self.prompt_tokens, len(layout.frame))
 
     def ask_summary(self, max_tokens:int) -> Segment:
-        self.model.run(say(self.memory, 'summary', self.layout.summary_open(), self.layout, max_tokens), self.layout)
+        self.model.run(generate_turn(self.memory, 'summary', self.layout.summary_open(), self.layout, max_tokens), self.layout)
         return self.memory.segments[-1]
 
     def is_full(self, new:int) -> bool: return self.strategy.is_full(self.memory.length + self.memory.unread + new)
@@ -74,11 +74,11 @@ class KVCacheManager:
         for s in after.kept: slots += range(starts[id(s)], min(starts[id(s)] + len(s.ids), memory.length))
         held = memory.cache.next_position[memory.row]
         far = held + self.strategy.max_seq_len >= self.last_position                     # the positions would run out
-        memory.cache.keep(memory.row, slots, after.turn or far)
+        memory.cache.keep(memory.row, slots, after.rerotate or far)
         if not (after.kept and after.kept[0] is memory.segments[0]): memory.steps = None    # another prompt, which is read anew
-        memory.segments = after.kept + after.feed
+        memory.segments = after.kept + after.prefill
         memory.unread = size(memory.segments) - len(slots)
-        memory.told = visible_state(memory.segments)
+        memory.previous_state = visible_state(memory.segments)
 
 # %% ../../nbs/05_streaming/03_context_manager.ipynb #a8bceca4
 DECIDED = 'speak', 'update', 'state', 'pointer'
@@ -89,14 +89,14 @@ def deviation(model, memory:StreamMemory, frame_tokens:torch.Tensor) -> dict[str
     logits of the words (relative to their spread), and in the probabilities of the decisions. The stream is left as it was."""
     frame, row, cache = [model.config.image_token_id]*frame_tokens.shape[1], memory.row, memory.cache
     spans = torch.tensor([memory.prompt.step_spans], device=model.device)
-    told = torch.from_numpy(memory.told[None, None].astype(np.int64)).to(model.device)
+    previous_state = torch.from_numpy(memory.previous_state[None, None].astype(np.int64)).to(model.device)
     images = lambda segments: [s.tokens for s in segments if s.tokens is not None] + [frame_tokens]
     def read(ids, images, cache, row, steps):
         "→ logits of the words [V], and all probabilities."
         hidden, embeds = model.read_rows({row: ids + frame}, images, cache)
         last = hidden[row, len(ids) + len(frame) - 1][None, None]
         if steps is None: steps = model.step_memory(hidden[row][None], embeds[row][None], spans)
-        out = model.decide(last, frame_tokens[None], steps, told)
+        out = model.decide(last, frame_tokens[None], steps, previous_state)
         return model.lm_head(last).flatten().float(), torch.cat([out[f'{k}_logits'].softmax(-1).flatten() for k in DECIDED])
     before = cache.lengths[row], cache.next_position[row]
     words, decisions = read(memory.pending, images(memory.tail()), cache, row, memory.steps)
@@ -123,8 +123,9 @@ def measure(model, layout, name:str, options:dict, frames, record, cuts=(1, 3, 1
     write = lambda state: layout.prompt(record.goal, '', names, state)
     memory = StreamMemory.begin(write([0]*len(names)), model.stream_cache())
     manager = KVCacheManager(model, layout, memory, make_strategy(small_options(name, len(layout.frame)) | options), write)
-    def believe(states, pointer, update, told):
-        return np.where((np.arange(len(told)) == rng.integers(len(told))) & (rng.random() < .06), (told + 1) % 3, told)
+    def update_state(states, pointer, update, previous_state):
+        some = np.arange(len(previous_state)) == rng.integers(len(previous_state))
+        return np.where(some & (rng.random() < .06), (previous_state + 1) % 3, previous_state)
     step = 0
     while len(rows) < len(cuts):
         tokens, step = frames[step % len(frames)], step + 1
@@ -133,7 +134,7 @@ def measure(model, layout, name:str, options:dict, frames, record, cuts=(1, 3, 1
             rows.append(facts | deviation(model, memory, tokens))
         manager.make_room(len(layout.frame))
         speak = dict(may_speak=lambda p: rng.random() < .04, max_new_tokens=8)
-        model.fast_greedy_generate_with_dst(tokens, memory, layout, names, believe, **speak)
+        model.fast_greedy_generate_with_dst(tokens, memory, layout, names, update_state, **speak)
     return rows
 
 # %% ../../nbs/05_streaming/03_context_manager.ipynb #df41390e
@@ -143,8 +144,8 @@ def key_drift(inv_freq, cuts=(1, 10, 100), by:int=-37, dtype=torch.bfloat16) -> 
     start = torch.randn(4, 256, 2*len(inv_freq)).to(dtype)
     errors, keys = {}, start
     for n in range(1, max(cuts) + 1):
-        keys = turn_keys(keys, torch.full([256], by, device=start.device), inv_freq)
-        exact = turn_keys(start.float(), torch.full([256], by*n), inv_freq)
+        keys = rerotate_keys(keys, torch.full([256], by, device=start.device), inv_freq)
+        exact = rerotate_keys(start.float(), torch.full([256], by*n), inv_freq)
         if n in cuts: errors[n] = ((keys.float() - exact).norm()/exact.norm()).item()
     return errors
 

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core.config import InputError
+from ..core.config import InputError, renamed_value
 from ..data.loading import read_records
 from ..model.stream_layout import Prompt
 from ..model.stream_memory import Segment, visible_state
@@ -56,17 +56,17 @@ def size(segments) -> int:
 class Continuation:
     "What a strategy returns: the stream goes on with the one, and then the other."
     kept: list[Segment]          # stays in the cache, in this order
-    feed: list[Segment]          # must be read next, before the next frame
-    turn: bool = True            # whether kept keys are turned to the positions where they stand now
+    prefill: list[Segment]          # must be read next, before the next frame
+    rerotate: bool = True            # whether kept keys are turned to the positions where they stand now
 
 # %% ../../nbs/05_streaming/02_context_strategies.ipynb #63fcc860
-POSITIONS = 'rebuild', 'turn', 'keep'
+POSITIONS = 'recompute', 'rerotate', 'keep'
 
 class BaseContextStrategy:
     "Decides when the context is full, and what becomes of it. A strategy of your own overrides `compress_cache`."
     name = 'base'
     rewrites = False                 # whether it writes prompts for other states, which may be longer than the first
-    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='rebuild'):
+    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='recompute'):
         if max_seq_len <= reserved_seq_len:
             raise InputError(f'context_strategy.max_seq_len={max_seq_len}: must be larger than reserved_seq_len={reserved_seq_len}')
         if positions not in POSITIONS: raise InputError(f"context_strategy.positions={positions}: choose one of {', '.join(POSITIONS)}")
@@ -97,13 +97,13 @@ class BaseContextStrategy:
     def handle_overflow(self, context:Context) -> Continuation:
         "What the stream goes on with; raises `InputError` if that and what is about to come do not fit."
         after = self.compress_cache(context)
-        held = size(after.kept) + size(after.feed)
+        held = size(after.kept) + size(after.prefill)
         if self.is_full(held + context.new):
             raise InputError(f'{self.limits()}: too little for what {self.name} keeps ({held} tokens) and {context.new} more')
         return after
     def go_on(self, context:Context, content:list[Segment]) -> Continuation:
         "With segments that the context says already, in the way of `positions`."
-        if self.positions != 'rebuild': return Continuation(content, [], turn=self.positions == 'turn')
+        if self.positions != 'recompute': return Continuation(content, [], rerotate=self.positions == 'rerotate')
         same = next((k for k, (a, b) in enumerate(zip(content, context.segments)) if a is not b), min(len(content), len(context.segments)))
         return Continuation(content[:same], content[same:])
 
@@ -134,7 +134,7 @@ class DropAll(BaseContextStrategy):
 class DropMiddle(BaseContextStrategy):
     "Keeps the prompt and the most recent frames and turns."
     name = 'drop_middle'
-    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='turn', tail_tokens:int|None=None):
+    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='rerotate', tail_tokens:int|None=None):
         super().__init__(max_seq_len, reserved_seq_len, positions)
         self.tail_tokens = tail_tokens          # at most; None is half of what is free
     def tail(self, context) -> list[Segment]:
@@ -146,7 +146,7 @@ class DropMiddle(BaseContextStrategy):
 class RecentFrames(BaseContextStrategy):
     "Keeps the prompt of the beginning and the last `num_frames` frames without any words."
     name = 'recent_frames'
-    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='rebuild', num_frames:int=16):
+    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='recompute', num_frames:int=16):
         super().__init__(max_seq_len, reserved_seq_len, positions)
         self.num_frames = num_frames
     def least(self, prompt, frame): return prompt + self.num_frames*frame
@@ -157,7 +157,7 @@ class RecentFrames(BaseContextStrategy):
 class TextLongVisionShort(BaseContextStrategy):
     "Keeps all turns, and the image tokens of the last `num_frames` frames."
     name = 'text_long_vision_short'
-    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='rebuild', num_frames:int=16,
+    def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, positions:str='recompute', num_frames:int=16,
                  text_tokens:int|None=None):
         super().__init__(max_seq_len, reserved_seq_len, positions)
         self.num_frames, self.text_tokens = num_frames, text_tokens
@@ -194,7 +194,7 @@ class SummarizeWithDST(DropMiddle):
     "Keeps a prompt in the state that was predicted, and the most recent frames and turns."
     name, rewrites = 'summarize_with_dst', True
     def __init__(self, max_seq_len:int=4096, reserved_seq_len:int=128, tail_tokens:int|None=None, dst_file:str|None=None):
-        super().__init__(max_seq_len, reserved_seq_len, 'rebuild', tail_tokens)
+        super().__init__(max_seq_len, reserved_seq_len, 'recompute', tail_tokens)
         self._truth = None if dst_file is None else {r.uid: r for r in read_records(dst_file)}
         if dst_file is not None: self.name = 'summarize_with_dst_oracle'        # in every trace and table
     def state_before(self, context, frame:int) -> list[int]:
@@ -219,6 +219,7 @@ def make_strategy(
     options = dict(cfg)
     name = options.pop('name')
     if name not in STRATEGIES: raise InputError(f"context_strategy.name={name}: choose one of {', '.join(STRATEGIES)}")
+    if 'positions' in options: options['positions'] = renamed_value('context_strategy.positions', options['positions'])
     if options.get('max_seq_len') is None: options['max_seq_len'] = limit
     asked, known = options['max_seq_len'], inspect.signature(STRATEGIES[name]).parameters
     if asked > limit: raise InputError(f'context_strategy.max_seq_len={asked}: this model reads at most {limit}')

@@ -21,14 +21,14 @@ from ..data.frames import frames_to_pixels
 from ..model.kv_cache import StreamCache
 from ..model.modeling import DSTSmolVLM
 from ..model.stream_layout import StreamLayout
-from ..model.stream_memory import Ask, FrameAnswer, StreamMemory, watch
+from ..model.stream_memory import FrameOutput, Request, StreamMemory, watch
 from .context_manager import KVCacheManager
 from .context_strategies import BaseContextStrategy, NoStrategy
-from .state_tracker import OnlineStateFilter
+from .state_tracker import OnlineStateTracker
 
 # %% ../../nbs/05_streaming/04_runner.ipynb #492e78f2
 @dataclass
-class StepResult(FrameAnswer):
+class StepResult(FrameOutput):
     "What the model made of one frame, and what that took."
     cache_tokens: int = 0
     latency_ms: float = 0.               # all of the work on the frame
@@ -50,9 +50,9 @@ class Stream:
         strategy: BaseContextStrategy|None = None,    # what to do when the context is full; by default an error
         speak_threshold: float = .5,                  # probability from which head 1 speaks
         update_threshold: float = .5,                 # and from which head 2 says that the state changes
-        filter_options: dict|None = NO_OPTIONS,       # of `OnlineStateFilter`; None switches it off
+        tracker_options: dict|None = NO_OPTIONS,       # of `OnlineStateTracker`; None switches it off
         max_reply_tokens: int = 64,                   # a longer reply is cut
-        refractory_s: float = 0.,                     # seconds after a reply in which only an answer to the user is given
+        cooldown_s: float = 0.,                     # seconds after a reply in which only an answer to the user is given
         fps: float = 2.,
         video_uid: str = '',                          # asked for by an oracle alone
         cache: StreamCache|None = None, row: int = 0,   # a row of a cache; by default one of its own
@@ -61,33 +61,33 @@ class Stream:
         if not self.names: raise InputError('a stream needs at least one step')
         self.strategy = strategy or NoStrategy(model.config.text_config.max_position_embeddings)
         self.speak_threshold, self.update_threshold, self.max_reply_tokens = speak_threshold, update_threshold, max_reply_tokens
-        self.quiet_frames, self.last_spoken = refractory_s*fps, -np.inf
+        self.quiet_frames, self.last_spoken = cooldown_s*fps, -np.inf
         write_prompt = lambda state: layout.prompt(goal, knowledge, self.names, state)
         first = write_prompt([0]*len(self.names) if state is None else state)
         self.memory = StreamMemory.begin(first, model.stream_cache() if cache is None else cache, row)
         self.manager = KVCacheManager(model, layout, self.memory, self.strategy, write_prompt, video_uid, fps)
-        self.filter = None if filter_options is None else OnlineStateFilter(self.told, **filter_options)
+        self.tracker = None if tracker_options is None else OnlineStateTracker(self.previous_state, **tracker_options)
         none = np.zeros(len(self.names) + 1)
-        self.last = StepResult(0., 0., np.eye(3)[self.told], none, self.told.copy(), None)
+        self.last = StepResult(0., 0., np.eye(3)[self.previous_state], none, self.previous_state.copy(), None)
 
     @property
-    def told(self) -> np.ndarray: return self.memory.told
+    def previous_state(self) -> np.ndarray: return self.memory.previous_state
 
-    def believe(self, state_probs, pointer_probs, update_prob, told) -> np.ndarray:
+    def update_state(self, state_probs, pointer_probs, update_prob, previous_state) -> np.ndarray:
         "The state [S] after a frame: the filter's, or without one, head 2 says when it changes, and head 4 how."
-        if self.filter is not None: return self.filter(pointer_probs)
-        return state_probs.argmax(-1).astype(np.int8) if update_prob >= self.update_threshold else told
+        if self.tracker is not None: return self.tracker(pointer_probs)
+        return state_probs.argmax(-1).astype(np.int8) if update_prob >= self.update_threshold else previous_state
 
-    def frame(self, tokens, heard=()) -> Generator[Ask, object, StepResult]:
+    def frame(self, tokens, user_turns=()) -> Generator[Request, object, StepResult]:
         "A frame's image tokens [1, N, D] and what the user said since the last one → what became of it, but for the times."
-        new = len(self.layout.frame) + sum(len(self.layout.user(text)) for text in heard)
+        new = len(self.layout.frame) + sum(len(self.layout.user(text)) for text in user_turns)
         dropped = self.manager.make_room(new)
-        if dropped and self.filter is not None: self.filter.restart(self.told)         # it believes what the context says
+        if dropped and self.tracker is not None: self.tracker.restart(self.previous_state)         # it believes what the context says
         i = self.memory.frame + 1
-        def may_speak(prob): return prob >= self.speak_threshold and (bool(heard) or i - self.last_spoken > self.quiet_frames)
+        def may_speak(prob): return prob >= self.speak_threshold and (bool(user_turns) or i - self.last_spoken > self.quiet_frames)
         def longest():
             return max(1, min(self.max_reply_tokens, self.strategy.reply_room(self.memory.length + self.memory.unread)))
-        answer = yield from watch(self.memory, tokens, self.layout, self.names, self.believe, heard, may_speak, longest)
+        answer = yield from watch(self.memory, tokens, self.layout, self.names, self.update_state, user_turns, may_speak, longest)
         if answer.text is not None: self.last_spoken = i
         self.last = StepResult(**vars(answer), cache_tokens=self.memory.length, dropped_tokens=dropped)
         return self.last
@@ -102,15 +102,15 @@ class Stream:
 # %% ../../nbs/05_streaming/04_runner.ipynb #99b5fcb2
 class Watching:
     "A frame on its way through the model: what it asks, and in the end its `result`."
-    def __init__(self, stream:Stream, tokens, heard, began:float):
+    def __init__(self, stream:Stream, tokens, user_turns, began:float):
         self.began, self.result, self.times = began, None, {}
-        self.steps = stream.frame(tokens, heard)
-        self.ask = next(self.steps)
+        self.steps = stream.frame(tokens, user_turns)
+        self.request = next(self.steps)
 
     def send(self, answer):
         "What it asked for; it goes on to its next question, or to its end."
-        self.times.setdefault('first_token_ms' if self.ask.what == 'word' else 'decision_ms', (time.perf_counter() - self.began)*1e3)
-        try: self.ask = self.steps.send(answer)
+        self.times.setdefault('first_token_ms' if self.request.what == 'token' else 'decision_ms', (time.perf_counter() - self.began)*1e3)
+        try: self.request = self.steps.send(answer)
         except StopIteration as done:
             self.result = done.value
             vars(self.result).update(self.times, latency_ms=(time.perf_counter() - self.began)*1e3)
@@ -125,26 +125,26 @@ def check_image(image):
 class StreamRunner:
     "Pushes the frames of one video through the model."
     def __init__(self, model:DSTSmolVLM, layout:StreamLayout, steps:list[str], goal:str='', knowledge:str='', **options):    # of `Stream`
-        self.model, self.layout, self.heard = model, layout, []
+        self.model, self.layout, self.user_turns = model, layout, []
         self.stream = Stream(model, layout, steps, goal, knowledge, **options)
 
     @property
     def memory(self) -> StreamMemory: return self.stream.memory
     @property
-    def told(self) -> np.ndarray: return self.stream.told
-    def hear(self, text:str): self.heard.append(text)
+    def previous_state(self) -> np.ndarray: return self.stream.previous_state
+    def hear(self, text:str): self.user_turns.append(text)
 
     @torch.inference_mode()
     def push(self, image, user=(), skip:str='undecodable') -> StepResult:
         "One frame, uint8 [H, W, 3], or None for one that is skipped, and why; and what the user said since the last one."
         began = time.perf_counter()
-        self.heard += [user] if isinstance(user, str) else user
+        self.user_turns += [user] if isinstance(user, str) else user
         if image is None: return self.stream.skip(skip)
         check_image(image)
         pixels = frames_to_pixels(image[None], self.model.config.vision_config.image_size).to(self.model.device, non_blocking=True)
-        heard, self.heard = self.heard, []
-        frame = Watching(self.stream, self.model.encode_frames(pixels), heard, began)
-        while frame.result is None: frame.send(self.model.answer([frame.ask], self.layout)[0])
+        user_turns, self.user_turns = self.user_turns, []
+        frame = Watching(self.stream, self.model.encode_frames(pixels), user_turns, began)
+        while frame.result is None: frame.send(self.model.forward_batch([frame.request], self.layout)[0])
         return frame.result
 
 # %% ../../nbs/05_streaming/04_runner.ipynb #fdce67d7
@@ -168,7 +168,7 @@ class BatchStreamRunner:
         self.model, self.layout, self.options, self.ahead = model, layout, options, ahead
         self.cache = model.stream_cache(slots) if cache is None else cache
         self.streams, self.free = {}, deque(range(self.cache.rows))
-        self.waiting, self.working, self.unheard = {}, {}, {}       # by key: frames to come, the one in the making, words to be heard
+        self.waiting, self.working, self.pending_turns = {}, {}, {}       # by key: frames to come, the one in the making, words to be heard
 
     def join(self, key, steps:list[str], goal:str|None=None, knowledge:str|None=None, **options) -> Stream:
         "A new stream under the name `key`; raises `InputError` if there is one already, or no room."
@@ -177,13 +177,13 @@ class BatchStreamRunner:
         about = {k: v for k, v in dict(goal=goal, knowledge=knowledge).items() if v is not None}
         stream = Stream(self.model, self.layout, steps, cache=self.cache, row=self.free[0], **self.options | about | options)
         self.free.popleft()
-        self.streams[key], self.waiting[key], self.unheard[key] = stream, deque(), []
+        self.streams[key], self.waiting[key], self.pending_turns[key] = stream, deque(), []
         return stream
 
     def leave(self, key):
         "The stream ends here, whatever it was doing; its slot is free."
         row = self.streams.pop(key).memory.row
-        for each in (self.waiting, self.working, self.unheard): each.pop(key, None)
+        for each in (self.waiting, self.working, self.pending_turns): each.pop(key, None)
         self.cache.clear(row); self.free.append(row)
 
     def add(self, key, image, user=()):
@@ -197,10 +197,10 @@ class BatchStreamRunner:
         for key in [key for key, queue in self.waiting.items() if queue and key not in self.working]:
             if self.waiting[key][0].tokens is None: self._encode()
             frame = self.waiting[key].popleft()
-            self.unheard[key] += frame.user
+            self.pending_turns[key] += frame.user
             if frame.image is None: done.append((key, self.streams[key].skip('undecodable'))); continue
-            heard, self.unheard[key] = self.unheard[key], []
-            try: self.working[key] = Watching(self.streams[key], frame.tokens, heard, frame.began)
+            user_turns, self.pending_turns[key] = self.pending_turns[key], []
+            try: self.working[key] = Watching(self.streams[key], frame.tokens, user_turns, frame.began)
             except InputError as e: self.leave(key); done.append((key, e))              # its context is full; the others go on
         return done
 
@@ -219,7 +219,7 @@ class BatchStreamRunner:
         with its error as the result."""
         done = self._begin()
         live = list(self.working)
-        for key, answer in zip(live, self.model.answer([self.working[k].ask for k in live], self.layout) if live else ()):
+        for key, answer in zip(live, self.model.forward_batch([self.working[k].request for k in live], self.layout) if live else ()):
             self.working[key].send(answer)
             if self.working[key].result is not None: done.append((key, self.working.pop(key).result))
         return done

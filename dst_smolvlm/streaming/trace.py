@@ -50,14 +50,14 @@ class TraceFrame(_Strict):
     speak_prob: Prob                   # head 1
     update_prob: Prob                  # head 2
     state_probs: list[Annotated[list[Prob], Field(min_length=3, max_length=3)]]   # [S][3], head 4
-    state: list[Annotated[int, Field(ge=0, le=2)]]   # [S], after the online filter where there is one
+    state: list[Annotated[int, Field(ge=0, le=2)]]   # [S], after the state tracker where there is one
     text: str|None = None              # what was said, None: nothing
     cache_tokens: int = 0              # length of the KV cache after this frame
     latency_ms: float = 0.             # all of the work on the frame, the reply too
     pointer_probs: list[Prob]|None = None   # [S+1], the active-step pointer; the last entry is "none"
     decision_ms: float = 0.            # from the arrival of the pixels to both decisions
     first_token_ms: float|None = None  # from the pixels to the first token of the reply, None: nothing was said
-    delay_s: float = 0.                # honest clock: seconds by which the decision came later than the frame
+    delay_s: float = 0.                # real-time clock: seconds by which the decision came later than the frame
     skipped: Literal['undecodable', 'busy', 'behind']|None = None   # why the model did not read it: no text, and values of the frame before
 
 # %% ../../nbs/05_streaming/01_trace.ipynb #3320c2d7
@@ -74,7 +74,7 @@ class _TraceFields(_Strict):
     fps: float = Field(default=2., gt=0)
     model: str = ''                    # the checkpoint, or the name of a baseline
     strategy: str = 'none'             # what was done when the cache was full
-    filter: bool = False               # was `state` settled by the online filter, or by head 4 alone?
+    filter: bool = False               # was `state` settled by the state tracker, or by head 4 alone?
     goal: str = ''
     steps: list[TraceStep]
     frames: list[TraceFrame]

@@ -157,7 +157,7 @@ class MicroBatch:
     frames: int                   # of each row
     words: int                    # labelled tokens of each row
     steps: int                    # of a task
-    glimpses: int = 0             # single frames beside all rows
+    auxiliary_samples: int = 0             # single frames beside all rows
     frame_grad: float = 1.        # share of the frames from which the vision tower learns
     from_features: bool = False   # frames come from the feature store
     precision: str|None = None    # of the computation: None (that of the weights), 'bf16' or 'fp16'
@@ -180,13 +180,14 @@ def head_cost(model:DSTSmolVLM, batch:MicroBatch, learned:bool) -> Cost:
     D, dtype = model.config.text_config.hidden_size, model.get_input_embeddings().weight.dtype
     rows, steps = (batch.streams, batch.frames), batch.steps
     def vectors(*sizes): return torch.empty(*sizes, D, dtype=dtype, requires_grad=learned)
-    spans, told = torch.empty(batch.streams, steps, 2, dtype=torch.long), torch.empty(*rows, steps, dtype=torch.long)
+    spans, previous_state = torch.empty(batch.streams, steps, 2, dtype=torch.long), torch.empty(*rows, steps, dtype=torch.long)
     hidden, embeds = vectors(batch.streams, batch.tokens), vectors(batch.streams, batch.tokens)
-    def read(at_frames, image, hidden, embeds, spans, told):
-        out = model.decide(at_frames, image, model.step_memory(hidden, embeds, spans), told)
+    def read(at_frames, image, hidden, embeds, spans, previous_state):
+        out = model.decide(at_frames, image, model.step_memory(hidden, embeds, spans), previous_state)
         return [F.log_softmax(x, -1) for x in (out.speak_logits, out.update_logits, out.pointer_logits, out.state_logits)]
     parts = [model.heads] if model.heads.decides else [model.heads, model.lm_head]
-    return measure(read, parts, [vectors(*rows), vectors(*rows, model.tokens_per_frame)], [hidden, embeds, spans, told], batch.precision)
+    at_frames = [vectors(*rows), vectors(*rows, model.tokens_per_frame)]
+    return measure(read, parts, at_frames, [hidden, embeds, spans, previous_state], batch.precision)
 
 # %% ../../nbs/04_training/06_activation_memory.ipynb #4721be15
 def word_cost(model:DSTSmolVLM, batch:MicroBatch, learned:bool) -> Cost:
@@ -222,10 +223,10 @@ def connector_cost(model:DSTSmolVLM, batch:MicroBatch, learning:int) -> Cost:
     return measure(after, [tower.post_layernorm, connector], [x], (), batch.precision)
 
 def vision_costs(model:DSTSmolVLM, batch:MicroBatch) -> tuple[int, dict[str, int]]:
-    "Bytes kept of all frames and glimpses; and bytes held at each moment of the tower."
+    "Bytes kept of all frames and auxiliary samples; and bytes held at each moment of the tower."
     tower, frames, side = model.model.vision_model, batch.streams*batch.frames, model.config.vision_config.image_size
-    learning, learned = round(frames*batch.frame_grad) + batch.glimpses, learns(tower)
-    some, parts = vision_hidden(model, min(FRAMES_AT_ONCE, max(frames, batch.glimpses, 1))), {}
+    learning, learned = round(frames*batch.frame_grad) + batch.auxiliary_samples, learns(tower)
+    some, parts = vision_hidden(model, min(FRAMES_AT_ONCE, max(frames, batch.auxiliary_samples, 1))), {}
     if learning and learned: parts['vision tower'] = tower_cost(model, batch, learning, some)
     if learning and learns(tower, model.model.connector): parts['vision connector'] = connector_cost(model, batch, learning)
     kept = sum(c.kept for c in parts.values())
@@ -233,7 +234,8 @@ def vision_costs(model:DSTSmolVLM, batch:MicroBatch) -> tuple[int, dict[str, int
     with torch.no_grad(): [once] = layer_costs(tower.encoder.layers[:1], run_vision, some, False, (), batch.precision)
     passing = 2*some.nbytes + once.forward
     if not learned: moments['vision forward'] = kept + passing                  # the connector keeps what it got so far
-    elif batch.frame_grad < 1: moments['vision forward'] = passing + 4*3*side*side*(frames + batch.glimpses - learning)   # before those
+    elif batch.frame_grad < 1:
+        moments['vision forward'] = passing + 4*3*side*side*(frames + batch.auxiliary_samples - learning)   # before those
     return kept, moments
 
 # %% ../../nbs/04_training/06_activation_memory.ipynb #4f2f6263

@@ -85,7 +85,7 @@ def estimate_memory(
     optim: str = 'adamw_torch_fused',   # by the name that the trainer knows
     sharding: str = 'none',      # 'none', 'zero2' or 'fsdp'
     ranks: int = 1,              # GPUs
-    **options                    # of a `MicroBatch`: precision, checkpointing, frame_grad, from_features, glimpses
+    **options                    # of a `MicroBatch`: precision, checkpointing, frame_grad, from_features, auxiliary samples
 ) -> MemoryEstimate:
     "What one GPU will hold at the fullest moment of a training step, without training. Raises `InputError` for names it does not know."
     words = tokens//4 if words is None else words
@@ -100,7 +100,7 @@ def estimate_memory(
     *held, communication = shared_out(sharding, ranks, everything, nbytes(learning), optimizer, layers, everything - sum(layers))
     side, D = model.config.vision_config.image_size, model.config.text_config.hidden_size
     per_frame = model.tokens_per_frame*D if batch.from_features else 3*side*side
-    inputs = 4*(per_frame*(streams*frames + batch.glimpses) + 6*streams*tokens)
+    inputs = 4*(per_frame*(streams*frames + batch.auxiliary_samples) + 6*streams*tokens)
     found = activations(model, batch)
     moments = found.moments | {"the optimizer's step": stepping}
     when = max(moments, key=moments.get)

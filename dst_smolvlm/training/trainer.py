@@ -25,7 +25,7 @@ from ..model.modeling import quiet, save_model
 from .adapters import AdapterTraining
 from .dataset import LengthGroupedSampler, model_inputs
 from .lora import is_adapted, merged
-from .losses import COUNTS, PARTS, LossConfig, loss_counts, multitask_loss
+from .losses import COUNTS, PARTS, WEIGHTS, LossConfig, loss_counts, multitask_loss
 from .parameter_groups import AdapterConfig
 from ..world.scenes import DecodeError
 
@@ -35,12 +35,12 @@ class DSTTrainingArguments(TrainingArguments, LossConfig, AdapterConfig):
     "Everything of `transformers.TrainingArguments`, the weights of the losses, what learns, how streams become rows, how a run is watched."
     max_seq_len: int = 4096        # tokens of one row
     split_long: bool = False       # several clips of a stream that is longer; else its end is cut off
-    corrupt_told: float = .4       # share of rows in which the told state is spoiled
-    corrupt_epochs: float = 0.     # epochs over which it grows to that share from nothing
+    state_corruption: float = .4       # share of rows in which the told state is spoiled
+    state_corruption_epochs: float = 0.     # epochs over which it grows to that share from nothing
     drop_replies: float = .12      # share of rows without the assistant's words
     from_middle: float = .5        # share of rows that begin in the middle of a clip, from its true state
     dialogues: int = 0             # rows of dialogue without frames beside every stream: a tiny model learns to copy words from them
-    glimpses: int = 0              # other scenes beside every stream, four frames of each, that train the pointer
+    auxiliary_samples: int = 0              # other scenes beside every stream, four frames of each, that train the pointer
     frame_grad: float = 1.         # share of a stream's frames from which the vision tower learns
     features: str | None = None    # a folder of the feature store: frames are read from there; needs vision and connector frozen
     eval_videos: int = 8           # validation videos whose loss is taken, and that are streamed, at every evaluation
@@ -174,7 +174,7 @@ class DSTTrainer(AdapterTraining, Trainer):
         self.note_failed(batches)
         self._batches = batches
         if self._logged_at is None: self._logged_at = self.state.global_step
-        counts = [loss_counts(b, self.args.glimpse_weight).to(device) for b in batches]
+        counts = [loss_counts(b, self.args.auxiliary_weight).to(device) for b in batches]
         return batches, self.accelerator.reduce(torch.stack(counts).sum(0), 'sum')
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -216,7 +216,7 @@ class DSTTrainer(AdapterTraining, Trainer):
         for i in range(acc.process_index, len(data), acc.num_processes):
             try: batch = self._prepare_inputs(self.data_collator([data[i]]))
             except DecodeError as e: failed[e.record.uid] = str(e); continue
-            n = loss_counts(batch, self.args.glimpse_weight).to(acc.device)
+            n = loss_counts(batch, self.args.auxiliary_weight).to(acc.device)
             with self.compute_loss_context_manager(): _, parts = multitask_loss(self.model(**model_inputs(batch)), batch, by_frames, n)
             sums, counts = sums + torch.stack([parts[k] for k in PARTS])*n[:len(PARTS)], counts + n
         sums, counts = acc.reduce(sums, 'sum'), acc.reduce(counts, 'sum')
@@ -226,7 +226,7 @@ class DSTTrainer(AdapterTraining, Trainer):
             print('no validation video is left; the training goes on without figures of them', flush=True)
         least = 0 if failed and not counts.any() else 1                   # 0/0: no video is left
         means = dict(zip(PARTS, (sums/counts[:len(PARTS)].clamp_min(least)).tolist()))
-        metrics = {f'{metric_key_prefix}_loss': sum(getattr(self.args, f'w_{k}')*v for k, v in means.items())}
+        metrics = {f'{metric_key_prefix}_loss': sum(getattr(self.args, WEIGHTS[k])*v for k, v in means.items())}
         metrics |= {f'{metric_key_prefix}_loss_{k}': v for k, v in means.items()}
         if self.watch is not None: metrics |= {f'{metric_key_prefix}_{k}': v for k, v in self.watch(self).items()}
         self.model.train(was_training)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['file_hash', 'Video', 'DecodeError', 'VideoScene', 'ToyScenes', 'split_records', 'load_scenes', 'scene_video',
-           'load_glimpse_scenes']
+           'load_auxiliary_scenes']
 
 # %% ../../nbs/02_world/02_scenes.ipynb #08cf1f20
 import hashlib, os
@@ -151,7 +151,7 @@ def scene_video(scene) -> Video:
     return Video(scene.record, scene.path if isinstance(scene, VideoScene) else scene)
 
 # %% ../../nbs/02_world/02_scenes.ipynb #2bf6e330
-def load_glimpse_scenes(cfg) -> Sequence|None:
-    "Where the glimpses of a training come from, if in the toy world `cfg.glimpse_world` makes them differ; else None, the same scenes."
-    if cfg.source != 'toy' or not cfg.get('glimpse_world'): return None
-    return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'glimpse_world'))
+def load_auxiliary_scenes(cfg) -> Sequence|None:
+    "Where the auxiliary samples of a training come from, if in the toy world `cfg.auxiliary_world` makes them differ; else None."
+    if cfg.source != 'toy' or not cfg.get('auxiliary_world'): return None
+    return ToyScenes('train', cfg.train_videos, cfg.seed + 1, make_world(cfg, 'train_world', 'auxiliary_world'))

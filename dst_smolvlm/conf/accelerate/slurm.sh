@@ -9,7 +9,7 @@
 set -euo pipefail
 
 # SLURM copies a batch script before it runs it, so that the configuration is not found beside this file.
-config=${ACCELERATE_CONFIG:-$(python -c 'import dst_smolvlm.config as c; print(c.conf_dir()/"accelerate"/"multi_node.yaml")')}
+config=${ACCELERATE_CONFIG:-$(python -c 'import dst_smolvlm.core.config as c; print(c.conf_dir()/"accelerate"/"multi_node.yaml")')}
 gpus=${SLURM_GPUS_ON_NODE:-4}
 nodes=${SLURM_JOB_NUM_NODES:?start this script with sbatch}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
