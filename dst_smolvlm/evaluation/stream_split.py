@@ -7,7 +7,7 @@ __all__ = ['ROOMS', 'CODE', 'code_hash', 'Job', 'strategy_of', 'reset_peak', 'pe
            'stream_one', 'failure', 'run_jobs', 'join_ranks', 'Streamed', 'whole', 'stream_scenes']
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #9caf4ff9
-import contextlib, hashlib, json, os, re, resource, sys
+import contextlib, json, os, re, resource, sys
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 
 import dst_smolvlm
-from ..core.config import InputError, environment, safe_name
+from ..core.config import InputError, environment
+from ..core.hashing import hash_file, hash_parts, hash_text, safe_name
 from ..core.parallel import count_cores, run_each
 from ..data.schema import RecordError, VideoRecord
 from .variants import Variant, controlled, suited
@@ -38,7 +39,7 @@ def code_hash() -> str:
     "Short hash of the modules that may decide what a stream looks like, and of the versions of the libraries that compute."
     modules = sorted(p for room in ROOMS for p in (Path(dst_smolvlm.__file__).parent/room).glob('*.py'))
     versions = json.dumps(environment()['versions'], sort_keys=True).encode()
-    return hashlib.sha256(b''.join(p.read_bytes() for p in modules) + versions).hexdigest()[:12]
+    return hash_parts([*(p.read_bytes() for p in modules), versions], digits=12)
 
 CODE = code_hash()             # of the code that this process has loaded, whatever becomes of the files
 
@@ -63,13 +64,13 @@ class Job:
     def fingerprint(self) -> str:
         eval_cfg = self.cfg.eval
         strategy = self.variant.strategy or OmegaConf.to_container(self.cfg.context_strategy)
-        truth = strategy.get('dst_file') and hashlib.sha256(Path(strategy['dst_file']).read_bytes()).hexdigest()
+        truth = strategy.get('dst_file') and hash_file(strategy['dst_file'])
         options = strategy, truth, OmegaConf.to_container(OmegaConf.create(dict(filter=eval_cfg.state_tracker)))
         others = [eval_cfg[key] for key in ('max_reply_tokens', 'cooldown_s', 'clock', 'int8_vision', 'dtype')]
         variant = self.variant.name, self.variant.use_tracker, self.variant.control
         parts = [self.weights, CODE, variant, self.thresholds, *options, *others,
                  pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.shown]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_text(json.dumps(parts, sort_keys=True), 16)
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #dc329c1a
 def strategy_of(job:Job, model, layout):

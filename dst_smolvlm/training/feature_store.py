@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'DTYPES', 'FRAMES_PER_BATCH', 'encoder_fingerprint', 'list_
            'write_video', 'write_store', 'my_place', 'load_encoder', 'foresee', 'build_store']
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #6a88013b
-import fcntl, hashlib, json, math, os, re, sys, time
+import fcntl, json, math, os, re, sys, time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from ..core.config import InputError, atomic_write, check_outputs
+from ..core.hashing import hash_parts, hash_text
 from ..data.frames import frames_to_pixels, prefetch
 from ..data.loading import load_records
 from ..data.probe import list_errors, probe_videos
@@ -37,12 +38,13 @@ def encoder_fingerprint(model, dtype:str='bfloat16') -> str:
     options = [FORMAT, dtype, str(model.dtype), vision.image_size, vision.patch_size, vision.num_attention_heads, vision.hidden_act,
                vision.layer_norm_eps, model.config.scale_factor, model.tokens_per_frame]
     picture = (np.arange(48*66*3) % 251).astype(np.uint8).reshape(1, 48, 66, 3)
-    digest = hashlib.sha256(json.dumps(options).encode() + frames_to_pixels(picture, vision.image_size).numpy().tobytes())
-    for part in (model.model.vision_model, model.model.connector):
-        for name, p in part.state_dict().items():
-            digest.update(f'{name} {p.dtype} {tuple(p.shape)}'.encode())
-            digest.update(p.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    def parts():
+        yield json.dumps(options).encode() + frames_to_pixels(picture, vision.image_size).numpy().tobytes()
+        for part in (model.model.vision_model, model.model.connector):
+            for name, p in part.state_dict().items():
+                yield f'{name} {p.dtype} {tuple(p.shape)}'.encode()
+                yield p.cpu().flatten().view(torch.uint8).numpy()
+    return hash_parts(parts(), digits=32)
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #646c7bb0
 def list_videos(cfg) -> list[Video]:
@@ -60,8 +62,7 @@ def list_videos(cfg) -> list[Video]:
 # %% ../../nbs/04_training/01_feature_store.ipynb #419a4cda
 def file_name(uid:str) -> str:
     "A safe file name for a video; different for different uids."
-    digest = hashlib.sha256(uid.encode('utf-8', 'surrogatepass')).hexdigest()[:32]
-    return re.sub(r'[^A-Za-z0-9.-]+', '_', uid)[:80].lstrip('.') + f'-{digest}.safetensors'
+    return re.sub(r'[^A-Za-z0-9.-]+', '_', uid)[:80].lstrip('.') + f'-{hash_text(uid, 32)}.safetensors'
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #6ae7880e
 DTYPES = dict(bfloat16='BF16', float16='F16', float32='F32')    # their names in a safetensors header

@@ -7,7 +7,7 @@ __all__ = ['SHARES', 'LIMITS', 'SPLITS', 'QUESTIONS', 'WorldConfig', 'check_limi
            'split_of', 'reply', 'make_scene', 'in_hand', 'render_frame', 'render', 'replay', 'build_sample']
 
 # %% ../../nbs/02_world/01_toy_world.ipynb #bb242500
-import hashlib, math
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.config import InputError
+from ..core.hashing import seed_of
 from ..core.states import agenda, frame_of, states_at
 from ..data.container import write_video
 from ..data.loading import read_records
@@ -133,8 +134,8 @@ SPLITS = ('train', 'validation', 'test')
 
 def split_of(parts) -> str:
     "The split to which the composition (the set of parts) belongs."
-    digest = hashlib.sha256(','.join(sorted(map(str, parts))).encode()).digest()[0]
-    return SPLITS[0] if digest % 10 < 8 else SPLITS[1] if digest % 10 == 8 else SPLITS[2]
+    share = seed_of(','.join(sorted(map(str, parts))), num_bytes=1) % 10
+    return SPLITS[max(0, share - 7)]
 
 # %% ../../nbs/02_world/01_toy_world.ipynb #07c0457f
 def _plan(parts, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
@@ -292,7 +293,7 @@ def render(scene:Scene, start:int=0, stop:int|None=None) -> np.ndarray:
 # %% ../../nbs/02_world/01_toy_world.ipynb #77358973
 def replay(record:VideoRecord, cfg:WorldConfig=WorldConfig()) -> Scene:
     "A scene that draws the timeline of `record` with the look of `cfg`; the names of its steps tell the part that stands for each."
-    seed = int.from_bytes(hashlib.sha256(record.video_uid.encode()).digest()[:4], 'big')
+    seed = seed_of(record.video_uid)
     pool, rng = all_parts(cfg.identity, shapes=SHAPES[:cfg.shapes]), np.random.default_rng(seed)
     rounds = math.ceil(len(record.steps)/len(pool))             # a part comes back only when all have been used
     order = np.concatenate([rng.permutation(len(pool)) for _ in range(rounds)])
