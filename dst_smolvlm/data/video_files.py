@@ -6,7 +6,7 @@
 __all__ = ['playing_time', 'find_videos', 'VideoLengths', 'video_lengths']
 
 # %% ../../nbs/01_data/07_video_files.ipynb #317a8f30
-import os, unicodedata
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -16,6 +16,7 @@ import av
 from av.format import ContainerFormat
 
 from ..core.config import InputError
+from ..core.text import composed
 from .container import open_source, picture_stream
 from .frames import last_picture
 from .schema import RecordError
@@ -78,33 +79,31 @@ def find_videos(folder) -> tuple[list[Path], list[Path], list[RecordError]]:
     return found, unknown, problems
 
 # %% ../../nbs/01_data/07_video_files.ipynb #e653a97e
-def _plain(name) -> str: return unicodedata.normalize('NFC', str(name))       # Macs write é as two characters
-
 class _Names:
     "Which of a folder's files a name may mean."
     def __init__(self, folder, *ranks: list[Path]):                           # files of the first rank are meant before those of the next
         self.folder, self.stems, self.folders = Path(folder), [defaultdict(list) for _ in ranks], defaultdict(list)
         for stems, paths in zip(self.stems, ranks):
             for path in paths:
-                for name in {path.stem, path.name}: stems[_plain(name)].append(path)
+                for name in {path.stem, path.name}: stems[composed(name)].append(path)
         for path in ranks[0]:
             for name in {*self._above(path)}: self.folders[name].append(path)
 
-    def _above(self, path) -> list[str]: return [_plain(part) for part in path.relative_to(self.folder).parts[:-1]]
+    def _above(self, path) -> list[str]: return [composed(part) for part in path.relative_to(self.folder).parts[:-1]]
 
     def of_files(self, uid: str, rank: int) -> list[Path]:
         "Files that are called so; slashes in the name are folders."
-        *above, last = _plain(uid).split('/')
+        *above, last = composed(str(uid)).split('/')
         return [p for p in self.stems[rank][last] if self._above(p)[len(self._above(p)) - len(above):] == above]
 
     def of_folders(self, uid: str) -> list[Path]:
         "Files of the first rank below folders that are called so."
-        inside = f'/{_plain(uid)}/'
+        inside = f'/{composed(str(uid))}/'
         return [p for p in self.folders[inside.split('/')[-2]] if inside in f"/{'/'.join(self._above(p))}/"]
 
     def name(self, path) -> str:
         "By what a file of the first rank is listed: its stem, else the nearest folder that has no other video, or nothing."
-        if len(self.stems[0][_plain(path.stem)]) == 1: return _plain(path.stem)
+        if len(self.stems[0][composed(path.stem)]) == 1: return composed(path.stem)
         return next((name for name in reversed(self._above(path)) if len(self.folders[name]) == 1 and name not in self.stems[0]), '')
 
 # %% ../../nbs/01_data/07_video_files.ipynb #f1b31733
