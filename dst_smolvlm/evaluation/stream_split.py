@@ -4,27 +4,25 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'CODE', 'code_hash', 'Job', 'strategy_of', 'reset_peak', 'peak_bytes', 'costs', 'load_once', 'is_done',
-           'stream_one', 'failure', 'run_jobs', 'join_ranks', 'Streamed', 'whole', 'stream_scenes']
+           'stream_one', 'failure', 'run_jobs', 'Streamed', 'whole', 'stream_scenes']
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #9caf4ff9
-import contextlib, json, os, re, resource, sys
+import contextlib, json, re, resource, sys
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 
 import dst_smolvlm
 from ..core.config import InputError, environment
 from ..core.hashing import hash_file, hash_parts, hash_text, safe_name
-from ..core.parallel import count_cores, run_each
+from ..core.parallel import count_cores, join_ranks, run_each
 from ..data.schema import RecordError, VideoRecord
 from .variants import Variant, controlled, suited
 from ..model.modeling import checkpoint_hash, load_pretrained
@@ -155,20 +153,6 @@ def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> 
         except OSError as e: done['run'] = InputError(f'{e.filename or jobs[i].path}: {e.strerror or e}'); break
         except Exception as e: done[i] = failure(jobs[i], e)                       # only of this video
     return done
-
-# %% ../../nbs/08_evaluation/02_stream_split.ipynb #085ac0c4
-def join_ranks() -> PartialState:
-    "The processes that were launched together, this one among them; raises `InputError` if not all of them joined."
-    asked = int(os.environ.get('WORLD_SIZE', 1))
-    if 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
-        raise InputError('launched for several processes (MASTER_ADDR is set), but only one has started: accelerate does so for MULTI_CPU '
-                         'and --cpu; use conf/accelerate/cpu2.yaml, or unset MASTER_ADDR')
-    on_cpu = not torch.cuda.is_available() or os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
-    state = PartialState(**(dict(cpu=on_cpu, timeout=timedelta(days=30)) if asked > 1 else {}))
-    if state.num_processes != asked:
-        raise InputError(f'{asked} processes were launched, but accelerate joined {state.num_processes}: launch with '
-                         '`accelerate launch --config_file`, or with torchrun')
-    return state
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #c2cfd999
 class Streamed(NamedTuple):

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..core.config import InputError, atomic_write, check_outputs
 from ..core.hashing import hash_parts, hash_text
+from ..core.parallel import check_device, launched_place, uses_cpu
 from ..data.frames import frames_to_pixels, prefetch
 from ..data.loading import load_records
 from ..data.probe import list_errors, probe_videos
@@ -240,14 +241,11 @@ def write_store(model, videos:list[Video], folder, dtype:str='bfloat16', first:b
 # %% ../../nbs/04_training/01_feature_store.ipynb #daf19aef
 def my_place(cfg) -> tuple[int, int, torch.device]:
     "This process's number, how many were launched together, and its device."
-    rank, ranks, local = (int(os.environ.get(key, value)) for key, value in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    rank, ranks, local = launched_place()
     name = cfg.features.device
-    on_cpu = not torch.cuda.is_available() or os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
-    if name == 'auto': name = 'cpu' if on_cpu else 'cuda'
+    if name == 'auto': name = 'cpu' if uses_cpu() else 'cuda'
     if name == 'cuda': name = f'cuda:{local % max(1, torch.cuda.device_count())}'
-    try: torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f'features.device={cfg.features.device}: not there: {str(e).splitlines()[0]}') from None
+    check_device(name, 'features.device', cfg.features.device)
     return rank, ranks, torch.device(name)
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #b795e289
