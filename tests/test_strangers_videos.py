@@ -8,7 +8,8 @@ from PIL import Image
 
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.display import lay
-from dst_smolvlm.data.frames import frames_to_pixels, iter_frames, last_picture, read_frames, video_length
+from dst_smolvlm.data.frames import iter_frames, last_picture, read_frames, video_length
+from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.data.probe import count_frames
 from dst_smolvlm.data.schema import RecordError, VideoRecord
 from dst_smolvlm.data.video_files import find_videos, playing_time, video_lengths

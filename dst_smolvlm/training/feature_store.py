@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from ..core.config import InputError, atomic_write, check_outputs
 from ..core.hashing import hash_parts, hash_text
 from ..core.parallel import check_device, launched_place, uses_cpu
-from ..data.frames import frames_to_pixels, prefetch
+from ..data.frames import prefetch
+from ..data.pixels import frames_to_pixels
 from ..data.loading import load_records
 from ..data.probe import list_errors, probe_videos
 from ..model.modeling import load_model
