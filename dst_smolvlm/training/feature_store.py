@@ -29,7 +29,9 @@ from ..data.loading import load_records
 from ..data.probe import list_errors, probe_videos
 from ..model.modeling import load_model
 from ..world.scenes import Video
-from ..world.toy_world import Scene, make_scene, make_world, replay
+from ..world.replay import replay
+from ..world.toy_world import Scene, make_scene
+from ..world.world_config import make_world
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #fcbe0f66
 FORMAT = 1    # to be raised when the same file would be given other frames than before
