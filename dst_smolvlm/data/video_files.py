@@ -17,14 +17,14 @@ from av.format import ContainerFormat
 
 from ..core.config import InputError
 from ..core.text import composed
-from .container import open_source, picture_stream
-from .frames import last_picture
+from .container import open_source, video_stream
+from .frames import last_source_frame
 from .schema import RecordError
 
 # %% ../../nbs/01_data/07_video_files.ipynb #5274df2b
 def playing_time(path) -> float:
-    "Seconds for which a video file shows pictures; raises `RecordError`."
-    try: seconds = last_picture(path)[1] if Path(path).is_file() else None
+    "Seconds for which a video file is shown; raises `RecordError`."
+    try: seconds = last_source_frame(path)[1] if Path(path).is_file() else None
     except (InputError, OSError, ValueError) as e:
         raise RecordError(path, str(e).removeprefix(f'{path}: '), kind='no video') from None
     if seconds is None: raise RecordError(path, 'no such video file', kind='no video')
@@ -58,7 +58,7 @@ def _skipped(path: Path) -> str:
     return ''
 
 def find_videos(folder) -> tuple[list[Path], list[Path], list[RecordError]]:
-    "Files below a folder with the ending of a video, in order; those with an ending that nobody knows; warnings for what was skipped."
+    "Files below a folder with the ending of a video, in order; those with an ending that is not known; warnings for what was skipped."
     (videos, others), found, unknown, problems = _endings(), [], [], []
     def skip(path, why): problems.append(RecordError(path, why, kind='skipped', warning=True))
     seen = set()                                                         # folders; a link may lead to one of them again
@@ -113,16 +113,16 @@ class VideoLengths(Mapping):
         known, unknown, self.problems = find_videos(folder)                   # warnings; there will be more as files are opened
         self._names, self._paths, self._seconds = _Names(folder, known, unknown), {}, {}
         self._listed = [name for name in map(self._names.name, known) if name]
-        if not known and not any(map(_has_pictures, unknown)):
+        if not known and not any(map(_has_video, unknown)):
             raise RecordError(folder, 'a folder without videos' if Path(folder).is_dir() else 'no such folder', kind='no video')
 
     def path(self, uid) -> Path | None:
         "The file of a video, or None if there is none, or more than one."
         if uid not in self._paths:
-            unknown = (p for p in self._names.of_files(uid, 1) if _has_pictures(p))
+            unknown = (p for p in self._names.of_files(uid, 1) if _has_video(p))
             files = self._names.of_files(uid, 0) or list(unknown) or self._names.of_folders(uid)
             files = list({p.resolve(): p for p in files}.values())                # links to one file are one
-            if len(files) > 1: files = [p for p in files if _has_pictures(p)]     # not the sound that lies beside
+            if len(files) > 1: files = [p for p in files if _has_video(p)]     # not the sound that lies beside
             if len(files) > 1:
                 others = f'{files[1]}' + (f' and {len(files) - 2} more' if len(files) > 2 else '')
                 self._warn(files[0], f'ambiguous: may also be {others}; none is taken, move or rename the others', uid, 'ambiguous')
@@ -141,11 +141,11 @@ class VideoLengths(Mapping):
     def __len__(self): return len(self._listed)
     def _warn(self, path, why, uid, kind): self.problems.append(RecordError(path, why, uid, kind=kind, warning=True))
 
-def _has_pictures(path) -> bool:
-    "Whether FFmpeg sees moving pictures in a file; one that is broken may have had some if its ending says so."
+def _has_video(path) -> bool:
+    "Whether FFmpeg sees a moving video in a file; one that is broken may have had some if its ending says so."
     try:
         with open_source(path, 10) as container:
-            return picture_stream(container) is not None and not container.format.name.endswith('_pipe')      # how FFmpeg calls stills
+            return video_stream(container) is not None and not container.format.name.endswith('_pipe')      # how FFmpeg calls stills
     except (InputError, OSError): return path.suffix.lower() in _endings()[0]
 
 def video_lengths(folder) -> VideoLengths:
