@@ -37,7 +37,7 @@ import numpy as np, psutil, torch
 from transformers import DynamicCache
 
 from dst_smolvlm.core.config import atomic_write, environment, run_cli
-from dst_smolvlm.data.frames import frames_to_pixels
+from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.model.modeling import build_published, build_tiny
 from dst_smolvlm.model.stream_memory import Segment, generate_turn
 from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy

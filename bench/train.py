@@ -29,7 +29,7 @@ from dst_smolvlm.training.dataset import DSTFrameDataset, DSTStreamDataset, Stre
 from dst_smolvlm.training.feature_store import write_store
 from dst_smolvlm.training.losses import LossConfig, loss_counts, multitask_loss
 from dst_smolvlm.world.scenes import ToyScenes, scene_video
-from dst_smolvlm.world.toy_world import WorldConfig
+from dst_smolvlm.world.world_config import WorldConfig
 from world import trainer_of
 
 

@@ -17,7 +17,8 @@ import numpy as np, torch
 
 from dst_smolvlm.core.config import atomic_write, environment, run_cli
 from dst_smolvlm.data.container import write_video
-from dst_smolvlm.data.frames import frames_to_pixels, iter_frames, prefetch, video_length
+from dst_smolvlm.data.frames import iter_frames, prefetch, video_length
+from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.model.modeling import build_tiny
 
 

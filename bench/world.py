@@ -21,7 +21,8 @@ from dst_smolvlm.train import make_trainer
 from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.training.trainer import DSTTrainer, training_arguments
 from dst_smolvlm.world.render import COLOURS, _look, _path
-from dst_smolvlm.world.toy_world import Scene, WorldConfig, in_hand, make_scene, render_frame
+from dst_smolvlm.world.toy_world import Scene, in_hand, make_scene, render_frame
+from dst_smolvlm.world.world_config import WorldConfig
 
 SKIN, SKIN_EDGE, DARK, EDGE = (222, 174, 140), (150, 100, 80), (60, 60, 60), (20, 20, 20)
 

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 
 from .core.config import InputError, atomic_write, check_output_dir, compose_config, parse_cli, run_cli, save_config
-from .core.parallel import count_cores
+from .core.parallel import count_cores, join_ranks
 from .data.probe import list_errors, probe_videos
 from .data.schema import RecordError
 from .evaluation.baselines import BASELINES, baseline_trace
@@ -29,7 +29,7 @@ from .evaluation.comparison import combined_score, compare_rows, make_row, tally
 from .evaluation.external_predictions import read_predictions
 from .evaluation.provenance import describe_run
 from .evaluation.report import failed_by_split, format_rows, leaderboard_markdown, missing_in_words, report_html, videos_in_words
-from .evaluation.stream_split import Streamed, join_ranks, stream_scenes, whole
+from .evaluation.stream_split import Streamed, stream_scenes, whole
 from .evaluation.threshold_curves import threshold_figures, threshold_notes
 from .evaluation.threshold_tuning import Tuning, tune_variants
 from .evaluation.variants import CONTROLS, HEAD_ONLY, MODEL, check_texts, suited, variants_of

@@ -6,9 +6,10 @@
 __all__ = ['USAGE', 'main']
 
 # %% ../nbs/09_commands/01_features.ipynb #efd71b7e
-import os, sys
+import sys
 
 from .core.config import parse_cli, run_cli
+from .core.parallel import launched_place
 from .training.feature_store import build_store
 
 # %% ../nbs/09_commands/01_features.ipynb #d6284788
@@ -22,7 +23,7 @@ goes on where it was. Exit status 1 if a video failed. --cfg prints the resolved
 def main(argv=None):
     "The command: overrides → a store of features."
     _, report = build_store(parse_cli(argv, USAGE))
-    if not report.failed or int(os.environ.get('RANK', 0)): return     # one process tells; a launcher would end the others in the middle
+    if not report.failed or launched_place().rank: return     # one process tells; a launcher would end the others in the middle
     for uid, error in report.failed.items(): print(f'{uid}: {error}', file=sys.stderr)
     print(f'error: {len(report.failed)} videos failed; mend them and run again', file=sys.stderr)
     raise SystemExit(1)

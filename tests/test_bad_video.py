@@ -29,7 +29,7 @@ def refused(path):
 
 def test_missing(tmp_path):
     assert 'no such video file' in refused(tmp_path/'missing.mp4')
-    assert 'say how many pictures a second it has' in refused(tmp_path)              # a folder of images
+    assert 'say how many frames a second it has' in refused(tmp_path)              # a folder of images
 
 
 @pytest.mark.parametrize('content', [b'', b'these are the minutes of the meeting\n'*50, b'{"video_uid": "tea"}', bytes(5000)])
@@ -189,7 +189,7 @@ def test_a_damaged_image_of_a_folder_and_a_pair_without_one(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     pairs = [(0, image), (.4, None), (.6, image), (1.1, None), (1.3, image)]
     assert [f.image is None for f in iter_frames(pairs, 2, damaged='skip')] == [False, True, False]
-    with pytest.raises(InputError, match='a picture must be uint8'): list(iter_frames(pairs, 2))
+    with pytest.raises(InputError, match='a source frame must be uint8'): list(iter_frames(pairs, 2))
 
 
 def test_damage_on_the_way(tmp_path, monkeypatch):

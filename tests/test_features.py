@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 import processes
 from dst_smolvlm import features
 from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.core.hashing import hash_video
 from dst_smolvlm.data.loading import read_records
 from dst_smolvlm.data.schema import VideoRecord, write_records
 from dst_smolvlm.model.heads import DSTSmolVLMConfig
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.training import feature_store
 from dst_smolvlm.training.feature_store import FeatureStore, encoder_fingerprint, file_name, write_store, write_tokens
-from dst_smolvlm.world import scenes
 from dst_smolvlm.world.scenes import Video, load_scenes
 from dst_smolvlm.world.toy_world import make_scene
 
@@ -210,14 +210,14 @@ def test_large_files_are_known_by_blocks(tmp_path):
     "The first and the last byte count, and the length."
     path = tmp_path/'large'
     path.write_bytes(random.Random(0).randbytes(9*2**20 + 7))
-    known = {scenes.file_hash(path)}
+    known = {hash_video(path)}
     for at in (0, -1):
         data = bytearray(path.read_bytes())
         data[at] ^= 1
         (tmp_path/'other').write_bytes(data)
-        known.add(scenes.file_hash(tmp_path/'other'))
+        known.add(hash_video(tmp_path/'other'))
     (tmp_path/'other').write_bytes(path.read_bytes()[:-1])
-    assert len(known | {scenes.file_hash(tmp_path/'other')}) == 4
+    assert len(known | {hash_video(tmp_path/'other')}) == 4
 
 
 def test_numbers_that_do_not_fit(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import hub as library_hub
 
 from dst_smolvlm.core.config import InputError
-from dst_smolvlm.data.frames import frames_to_pixels
+from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.model.heads import DSTSmolVLMConfig
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, checkpoint_hash, load_pretrained, quiet, save_model
 from dst_smolvlm.model.packing import pack_rows

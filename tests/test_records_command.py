@@ -1,5 +1,5 @@
 "The command `python -m dst_smolvlm.records` on real files and on what is wrong with them."
-import json, os
+import json, os, subprocess, sys
 from collections import Counter
 from pathlib import Path
 
@@ -223,3 +223,11 @@ def test_a_mixed_file_is_one_file(tmp_path, capsys):
     assert command('check', tmp_path/'a.jsonl') == 0
     rows = {line[:24].strip(): line.split()[-6:] for line in capsys.readouterr().out.split('\n') if line[:1].isalpha()}
     assert rows['native'][:2] == ['1', '2'] and rows['prepared conversations'][:2] == ['1', '1'] and rows['all'][:2] == ['1', '3']
+
+
+@pytest.mark.parametrize('module', ('records', 'data.loading', 'core.parallel'))
+def test_annotations_are_read_without_the_heavy_libraries(module):
+    "A command that looks at a file of annotations answers at once: what computes or draws takes seconds to import."
+    code = f'import sys, dst_smolvlm.{module}; print(*sys.modules)'
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert {'torch', 'transformers', 'matplotlib', 'accelerate'}.isdisjoint(said.split())

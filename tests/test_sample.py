@@ -5,7 +5,7 @@ import numpy as np
 
 from dst_smolvlm.data.frames import read_frames
 from dst_smolvlm.data.loading import read_records
-from dst_smolvlm.world.toy_world import build_sample
+from dst_smolvlm.world.replay import build_sample
 
 data = Path(__file__).parent.parent/'data'
 

@@ -527,7 +527,7 @@ def test_a_camera_that_has_no_picture_yet(camera, monkeypatch):
             raise av.BlockingIOError(35, 'Resource temporarily unavailable')
     monkeypatch.setattr(decoding, 'open_source', lambda *args: Silent(opened(*args), 0))
     seen = []
-    with pytest.raises(InputError, match=r'nothing came for 0.2 s after 1.1 s'):
+    with pytest.raises(InputError, match=r'timed out: no data for 0.2 s after 1.1 s'):
         for frame in iter_frames(camera, 2, timeout=.2): seen.append(frame.index)
     assert seen == [0, 1, 2]
 

@@ -16,7 +16,7 @@ from dst_smolvlm.training.dataset import DSTStreamDataset, StreamCollator, model
 from dst_smolvlm.training.losses import PARTS, multitask_loss
 from dst_smolvlm.training.trainer import DSTTrainer, DSTTrainingArguments
 from dst_smolvlm.world.scenes import ToyScenes
-from dst_smolvlm.world.toy_world import WorldConfig
+from dst_smolvlm.world.world_config import WorldConfig
 
 WORLD = WorldConfig(min_steps=2, max_steps=2, min_carry=3, max_carry=4, min_idle=2, max_idle=3, mistakes=0, questions=0)
 SCENE = ToyScenes('train', 1, 0, WORLD)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.display import lay
-from dst_smolvlm.data.frames import frames_to_pixels, iter_frames, last_picture, read_frames, video_length
+from dst_smolvlm.data.frames import iter_frames, last_source_frame, read_frames, video_length
+from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.data.probe import count_frames
 from dst_smolvlm.data.schema import RecordError, VideoRecord
 from dst_smolvlm.data.video_files import find_videos, playing_time, video_lengths
@@ -84,7 +85,7 @@ def as_a_record(path):
 
 def test_a_longer_sound_and_a_preview_change_nothing():
     for path in (case('audio-longer-mkv', 'videos', 'P90_01.mkv'), case('two-video-streams', 'videos', 'P90_01.mp4')):
-        assert (playing_time(path), last_picture(path), video_length(path)) == (4., (3.9, 4.), (3.9, 8))
+        assert (playing_time(path), last_source_frame(path), video_length(path)) == (4., (3.9, 4.), (3.9, 8))
         assert len(read_frames(path)) == 8 and len(read_frames(path, 10)) == 40
         as_a_record(path)
 
@@ -280,7 +281,7 @@ def test_a_pause_of_an_edit_list(tmp_path):
 def test_an_edit_list_that_goes_back_in_time_is_an_error_everywhere(tmp_path):
     "FFmpeg shows the second part before the end of the first: B-frames are decoded earlier than they are shown."
     path = edited(write(tmp_path/'a.mp4', bf=3, **{'x264-params': 'scenecut=0'}), tmp_path/'b.mp4', [(30, 10), (0, 10)])
-    for read in (read_frames, video_length, last_picture, lambda path: [*iter_frames(path, start=2)]):
+    for read in (read_frames, video_length, last_source_frame, lambda path: [*iter_frames(path, start=2)]):
         with pytest.raises(InputError, match=r'its clock jumps by -0\.\d s; convert the video, or cut it there$'): read(path)
     count, why = count_frames(path, 10)
     assert count < 20 and 'its clock jumps' in why

@@ -99,7 +99,7 @@ def test_a_slice_and_the_length_are_those_of_the_whole(clips, name, monkeypatch)
         for start in (*range(1, len(whole) - 1, max(1, len(whole)//5)), len(whole) - 1, len(whole), len(whole) + 9):
             for stop in (start + 2, None): same(list(iter_frames(clips/name, fps, start=start, stop=stop)), whole[start:stop])
     decoded.clear()
-    assert video_length(clips/name).seconds == max(time for time, *_ in video._pictures(clips/name, None, 0, 5))
+    assert video_length(clips/name).seconds == max(time for time, *_ in video._source_frames(clips/name, None, 0, 5))
     pictures = len(decoded)
     decoded.clear()
     assert len(list(iter_frames(clips/name, 30, start=len(whole) - 2))) == 2
@@ -154,7 +154,7 @@ def test_refusals(tmp_path, read):
             (tmp_path/'text.mp4', {}, 'text.mp4: not a readable video'), (tmp_path/'no.mp4', {}, 'no.mp4: no such video file'),
             (tmp_path/'empty', dict(source_fps=1), 'empty: a folder without images'), (array, {}, 'source_fps=None'),
             (array, dict(source_fps=0), 'source_fps=0'), (array, dict(source_fps=float('nan')), 'source_fps=nan'),
-            (array[:0], dict(source_fps=1), 'no pictures'), (tmp_path/'text.mp4', dict(source_fps=5), 'time-stamps of its own'),
+            (array[:0], dict(source_fps=1), 'no source frames'), (tmp_path/'text.mp4', dict(source_fps=5), 'time-stamps of its own'),
             ('gopher://127.0.0.1/x', {}, 'gopher://127.0.0.1/x'), (5, {}, 'int: '),
             (array, dict(source_fps=1, fps=-1), 'must be positive')):
         with pytest.raises(InputError, match=message) as caught: read(source, **options)
@@ -387,7 +387,7 @@ def test_a_live_stream_that_stops_coming(clips):
     data = (clips/'stream.ts').read_bytes()
     with Server(HEAD + data[:len(data)*3//4], stall=True) as server:
         seen = []
-        with pytest.raises(InputError, match=r'live.ts: nothing came for 0.5 s after \d'):
+        with pytest.raises(InputError, match=r'live.ts: timed out: no data for 0.5 s after \d'):
             for frame in prefetch(iter_frames(f'http://127.0.0.1:{server.port}/live.ts', 5, timeout=.5)): seen.append(frame)
     assert len(seen) > 5
     same(seen, list(iter_frames(clips/'stream.ts', 5))[:len(seen)])

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RENAMED', 'RENAMED_VALUES', 'OPEN', 'InputError', 'run_cli', 'conf_dir', 'renamed_key', 'renamed_value',
            'renamed_override', 'renamed_config', 'compose_config', 'parse_cli', 'atomic_write', 'check_outputs',
-           'check_output_dir', 'safe_name', 'save_config', 'environment']
+           'check_output_dir', 'save_config', 'environment']
 
 # %% ../../nbs/00_core/00_config.ipynb #9f7d3d1a
-import difflib, functools, hashlib, os, platform, re, sys
+import difflib, functools, os, platform, re, sys
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -220,13 +220,6 @@ def check_output_dir(cfg: DictConfig, names):
     check_outputs({f'output_dir={out}: its {name}': out/name for name in names}, read, within=False)
     if isinstance(data, str) and data and Path(data).is_dir() and Path(data).resolve() in [out.resolve(), *out.resolve().parents]:
         raise InputError(f'output_dir={out}: lies in data.path={data}, where all files are read as annotations; name a folder elsewhere')
-
-# %% ../../nbs/00_core/00_config.ipynb #77e2982a
-def safe_name(name: str) -> str:
-    "`name` if any file may be called so, else the readable part of it with its hash; different names stay different."
-    if re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]{0,119}', name): return name
-    digest = hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
-    return re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:80].strip('._') + f'-{digest}'
 
 # %% ../../nbs/00_core/00_config.ipynb #2470e868
 def save_config(cfg: DictConfig, folder) -> Path:

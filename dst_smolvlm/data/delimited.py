@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..core.text import one_line
+
 # %% ../../nbs/01_data/05_delimited.ipynb #26b0dbbb
 def split_lines(text: str) -> list[str]:
     "The lines of a text, which end at \\n, \\r\\n or \\r and nowhere else."
@@ -93,7 +95,7 @@ def read_header(lines: list[str]) -> tuple[list[str], str, int]:
     at = next((i for i, line in enumerate(lines) if line.strip() and not _SEPARATOR.fullmatch(line)), len(lines))
     delimiter = delimiter_of(lines[at]) if at < len(lines) else ','
     header = next(read_rows(lines, delimiter, at, complete=lambda fields: False), Row(at, []))
-    return [' '.join(name.strip('\ufeff').split()) for name in header.fields], delimiter, at + header.taken
+    return [one_line(name.strip('\ufeff')) for name in header.fields], delimiter, at + header.taken
 
 _SEPARATOR = re.compile(r'\s*"?sep=[,;|\t]"?\s*')         # the first line of a spreadsheet may say what separates
 

@@ -7,12 +7,13 @@ __all__ = ['UIDS', 'SECONDS', 'read_records', 'load_records', 'join_records', 'f
            'Lengths']
 
 # %% ../../nbs/01_data/15_loading.ipynb #80d29ba6
-import os, warnings
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
 from ..core.config import InputError
+from ..core.parallel import launched_place
 from .delimited import Table, read_header, read_table, split_lines
 from .files import located, open_path, read_text
 from .ingest import POLICIES, Entry, Seen, examine, read_entries
@@ -71,7 +72,7 @@ def load_records(data) -> list[VideoRecord]:
 
 @cache
 def _say(text: str):
-    if not int(os.environ.get('RANK', 0)): print(text)
+    if launched_place().rank == 0: print(text)
 
 # %% ../../nbs/01_data/15_loading.ipynb #e9bd2da6
 def join_records(talk: VideoRecord, other: VideoRecord) -> VideoRecord:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import AliasChoices, AliasPath, Field
 
+from ..core.text import one_line
 from .delimited import Table
 from .readers import (
     LEVELS, AnySeconds, Foreign, Format, Id, Source, Span, Words, dialogue_of, event_times, has, items, name_of, or_list_of, read_turns,
@@ -134,7 +135,7 @@ def read_step_table(table: Table, source: Source) -> VideoRecord:
     rows = [validate_row(TableStep, line, row, source, source.stem) for line, row in table.rows]
     steps = of_level(rows, source, source.stem, 'type')
     if not table.ended and table.columns[-1] == 'name': source.warn_of_end(source.stem, table.rows[-1][0])
-    return _bare_record([dict(id=s.id.strip(), name=' '.join(s.name.split()), spans=[(s.start, s.end)]) for s in steps], 'table', source)
+    return _bare_record([dict(id=s.id.strip(), name=one_line(s.name), spans=[(s.start, s.end)]) for s in steps], 'table', source)
 
 def _bare_record(steps: list[dict], dataset: str, source: Source) -> VideoRecord:
     "A record of steps alone, named after its file."

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import AliasPath, Field
 
+from ..core.text import one_line
 from .delimited import read_header, read_table, split_lines
 from dst_smolvlm.data.readers import (
     LEVELS, AnySeconds, Foreign, Format, Id, Source, Span, Words, collect_steps, event_times, has, items, length_of, name_of, or_list_of,
@@ -46,10 +47,10 @@ def read_holoassist(data, source: Source) -> VideoRecord:
     occurrences, turns = [], []
     for i, event in enumerate(recording.events):
         at, label = f'events[{i}]', event.get('label')
-        match ' '.join(label.lower().split()) if isinstance(label, str) else None:
+        match one_line(label.lower()) if isinstance(label, str) else None:
             case 'coarse grained action':
                 e = validate(CoarseAction, event, source.file, uid, at)
-                key = ' '.join(e.sentence.lower().split()).rstrip('. ')
+                key = one_line(e.sentence.lower()).rstrip('. ')
                 occurrences.append((key, key, e.start, e.end))
             case 'conversation':
                 e = validate(Conversation, event, source.file, uid, at)
@@ -165,7 +166,7 @@ def read_egoexolearn(data: list, source: Source) -> VideoRecord:
     uid = source.stem
     spans = [validate(CoarseSpan, item, source.file, uid, f'[{i}]') for i, item in enumerate(data)]
     names = {}
-    for s in spans: names[s.key] = names.get(s.key) or ' '.join(s.name.split())
+    for s in spans: names[s.key] = names.get(s.key) or one_line(s.name)
     for i, s in enumerate(spans):
         if not names[s.key]:
             raise RecordError(source.file, 'missing in all spans of this attribute', uid, f'[{i}].textAttribute_en', kind='missing field')

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import Field, Strict
 
+from ..core.text import one_line
 from .delimited import Lines, Row, Table, delimiter_of, read_rows
 from .readers import AnySeconds, Format, Source, Span, collect_steps, has, table_format, validate_row
 from .readers_proassist import is_frame_counts
@@ -32,7 +33,7 @@ def read_epic_kitchens(part: tuple[str, list], source: Source) -> VideoRecord:
     occurrences = []
     for line, row in rows:
         a = validate_row(EpicAction, line, row, source, uid)
-        name = ' '.join(a.name.split())
+        name = one_line(a.name)
         occurrences.append((name.lower(), name, a.start, a.end))
     length = tabled_length(source, uid, ('EPIC_100_video_info.csv',), 'video_id', 'duration', [end for *_, end in occurrences])
     fields = dict(video_uid=uid, dataset='epic_kitchens_100', duration=length, steps=collect_steps(occurrences, numbered=True))
@@ -61,7 +62,7 @@ FPS_ASSEMBLY101 = 30
 
 def _action_text(columns: list[str]) -> str:
     "The action of a line of coarse labels (1 column after the times) or of mistake annotations (4, and a remark that may hold commas)."
-    verb, this, that = (' '.join(c.split()) for c in [*columns, '', ''][:3])
+    verb, this, that = (one_line(c) for c in [*columns, '', ''][:3])
     if not this: return verb
     return f"{verb} {this} {'to' if verb == 'attach' else 'from'} {that}"
 
@@ -112,7 +113,7 @@ def read_assembly101_fine(part: tuple[str, list], source: Source) -> VideoRecord
     found = {}
     for line, row in rows:
         a = validate_row(FineAction, line, row, source, uid)
-        found[' '.join(a.name.split()), a.start/FPS_ASSEMBLY101, a.end/FPS_ASSEMBLY101] = None
+        found[one_line(a.name), a.start/FPS_ASSEMBLY101, a.end/FPS_ASSEMBLY101] = None
     return _assembly(uid, [(name, name, start, end) for name, start, end in found], source)
 
 # %% ../../nbs/01_data/12_readers_tables.ipynb #11e4b12b

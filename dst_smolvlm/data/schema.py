@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 
 from ..core.config import InputError, atomic_write
 from ..core.states import frame_of, frame_times, states_at, states_from_spans
+from ..core.text import encodable, one_line
 
 # %% ../../nbs/01_data/00_schema.ipynb #81a9c19c
 class RecordError(InputError):
@@ -26,8 +27,8 @@ class RecordError(InputError):
         kind: str = 'wrong value',  # what errors of many files are counted by
         warning: bool = False,      # the record can be used all the same
     ):
-        self.file, self.record, self.field, self.value = _one_line(file), _one_line(record)[:200], _one_line(field)[:200], value
-        self.why, self.kind, self.warning = _one_line(why), kind, warning
+        self.file, self.record, self.field, self.value = _printed(file), _printed(record)[:200], _printed(field)[:200], value
+        self.why, self.kind, self.warning = _printed(why), kind, warning
         place = self.field if value is None else f'{self.field} = {_short.repr(value)}'
         super().__init__(': '.join(part for part in (self.file, self.record, place, self.why) if part))
 
@@ -46,9 +47,9 @@ class RecordError(InputError):
 _short = reprlib.Repr()                  # a value may be a whole file
 _short.maxstring, _short.maxother, _short.maxlong, _short.maxdict, _short.maxlist, _short.maxtuple = 60, 60, 30, 3, 3, 3
 
-def _one_line(text) -> str:
+def _printed(text) -> str:
     "Text that any terminal can print: on one line, and without half characters."
-    return ' '.join(str(text).encode('utf-8', 'backslashreplace').decode().split())
+    return one_line(encodable(str(text)))
 
 # %% ../../nbs/01_data/00_schema.ipynb #3dfdfb2f
 def validate(model, data, file, record: str = '', at: str = ''):

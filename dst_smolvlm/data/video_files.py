@@ -6,7 +6,7 @@
 __all__ = ['playing_time', 'find_videos', 'VideoLengths', 'video_lengths']
 
 # %% ../../nbs/01_data/07_video_files.ipynb #317a8f30
-import os, unicodedata
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -16,14 +16,15 @@ import av
 from av.format import ContainerFormat
 
 from ..core.config import InputError
-from .container import open_source, picture_stream
-from .frames import last_picture
+from ..core.text import composed
+from .container import open_source, video_stream
+from .frames import last_source_frame
 from .schema import RecordError
 
 # %% ../../nbs/01_data/07_video_files.ipynb #5274df2b
 def playing_time(path) -> float:
-    "Seconds for which a video file shows pictures; raises `RecordError`."
-    try: seconds = last_picture(path)[1] if Path(path).is_file() else None
+    "Seconds for which a video file is shown; raises `RecordError`."
+    try: seconds = last_source_frame(path)[1] if Path(path).is_file() else None
     except (InputError, OSError, ValueError) as e:
         raise RecordError(path, str(e).removeprefix(f'{path}: '), kind='no video') from None
     if seconds is None: raise RecordError(path, 'no such video file', kind='no video')
@@ -57,7 +58,7 @@ def _skipped(path: Path) -> str:
     return ''
 
 def find_videos(folder) -> tuple[list[Path], list[Path], list[RecordError]]:
-    "Files below a folder with the ending of a video, in order; those with an ending that nobody knows; warnings for what was skipped."
+    "Files below a folder with the ending of a video, in order; those with an ending that is not known; warnings for what was skipped."
     (videos, others), found, unknown, problems = _endings(), [], [], []
     def skip(path, why): problems.append(RecordError(path, why, kind='skipped', warning=True))
     seen = set()                                                         # folders; a link may lead to one of them again
@@ -78,33 +79,31 @@ def find_videos(folder) -> tuple[list[Path], list[Path], list[RecordError]]:
     return found, unknown, problems
 
 # %% ../../nbs/01_data/07_video_files.ipynb #e653a97e
-def _plain(name) -> str: return unicodedata.normalize('NFC', str(name))       # Macs write é as two characters
-
 class _Names:
     "Which of a folder's files a name may mean."
     def __init__(self, folder, *ranks: list[Path]):                           # files of the first rank are meant before those of the next
         self.folder, self.stems, self.folders = Path(folder), [defaultdict(list) for _ in ranks], defaultdict(list)
         for stems, paths in zip(self.stems, ranks):
             for path in paths:
-                for name in {path.stem, path.name}: stems[_plain(name)].append(path)
+                for name in {path.stem, path.name}: stems[composed(name)].append(path)
         for path in ranks[0]:
             for name in {*self._above(path)}: self.folders[name].append(path)
 
-    def _above(self, path) -> list[str]: return [_plain(part) for part in path.relative_to(self.folder).parts[:-1]]
+    def _above(self, path) -> list[str]: return [composed(part) for part in path.relative_to(self.folder).parts[:-1]]
 
     def of_files(self, uid: str, rank: int) -> list[Path]:
         "Files that are called so; slashes in the name are folders."
-        *above, last = _plain(uid).split('/')
+        *above, last = composed(str(uid)).split('/')
         return [p for p in self.stems[rank][last] if self._above(p)[len(self._above(p)) - len(above):] == above]
 
     def of_folders(self, uid: str) -> list[Path]:
         "Files of the first rank below folders that are called so."
-        inside = f'/{_plain(uid)}/'
+        inside = f'/{composed(str(uid))}/'
         return [p for p in self.folders[inside.split('/')[-2]] if inside in f"/{'/'.join(self._above(p))}/"]
 
     def name(self, path) -> str:
         "By what a file of the first rank is listed: its stem, else the nearest folder that has no other video, or nothing."
-        if len(self.stems[0][_plain(path.stem)]) == 1: return _plain(path.stem)
+        if len(self.stems[0][composed(path.stem)]) == 1: return composed(path.stem)
         return next((name for name in reversed(self._above(path)) if len(self.folders[name]) == 1 and name not in self.stems[0]), '')
 
 # %% ../../nbs/01_data/07_video_files.ipynb #f1b31733
@@ -114,16 +113,16 @@ class VideoLengths(Mapping):
         known, unknown, self.problems = find_videos(folder)                   # warnings; there will be more as files are opened
         self._names, self._paths, self._seconds = _Names(folder, known, unknown), {}, {}
         self._listed = [name for name in map(self._names.name, known) if name]
-        if not known and not any(map(_has_pictures, unknown)):
+        if not known and not any(map(_has_video, unknown)):
             raise RecordError(folder, 'a folder without videos' if Path(folder).is_dir() else 'no such folder', kind='no video')
 
     def path(self, uid) -> Path | None:
         "The file of a video, or None if there is none, or more than one."
         if uid not in self._paths:
-            unknown = (p for p in self._names.of_files(uid, 1) if _has_pictures(p))
+            unknown = (p for p in self._names.of_files(uid, 1) if _has_video(p))
             files = self._names.of_files(uid, 0) or list(unknown) or self._names.of_folders(uid)
             files = list({p.resolve(): p for p in files}.values())                # links to one file are one
-            if len(files) > 1: files = [p for p in files if _has_pictures(p)]     # not the sound that lies beside
+            if len(files) > 1: files = [p for p in files if _has_video(p)]     # not the sound that lies beside
             if len(files) > 1:
                 others = f'{files[1]}' + (f' and {len(files) - 2} more' if len(files) > 2 else '')
                 self._warn(files[0], f'ambiguous: may also be {others}; none is taken, move or rename the others', uid, 'ambiguous')
@@ -142,11 +141,11 @@ class VideoLengths(Mapping):
     def __len__(self): return len(self._listed)
     def _warn(self, path, why, uid, kind): self.problems.append(RecordError(path, why, uid, kind=kind, warning=True))
 
-def _has_pictures(path) -> bool:
-    "Whether FFmpeg sees moving pictures in a file; one that is broken may have had some if its ending says so."
+def _has_video(path) -> bool:
+    "Whether FFmpeg sees a moving video in a file; one that is broken may have had some if its ending says so."
     try:
         with open_source(path, 10) as container:
-            return picture_stream(container) is not None and not container.format.name.endswith('_pipe')      # how FFmpeg calls stills
+            return video_stream(container) is not None and not container.format.name.endswith('_pipe')      # how FFmpeg calls stills
     except (InputError, OSError): return path.suffix.lower() in _endings()[0]
 
 def video_lengths(folder) -> VideoLengths:

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..core.config import InputError
 from ..core.states import IN_PROGRESS, state_changes
+from ..core.text import fold
 from ..data.schema import VideoRecord
-from ..metrics.scores import fold, named_steps, names_pattern
+from ..metrics.scores import named_steps, names_pattern
 from ..streaming.session import stream_record
 from ..streaming.trace import Trace, reference_speech, trace_from_states
 

@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'CODE', 'code_hash', 'Job', 'strategy_of', 'reset_peak', 'peak_bytes', 'costs', 'load_once', 'is_done',
-           'stream_one', 'failure', 'run_jobs', 'join_ranks', 'Streamed', 'whole', 'stream_scenes']
+           'stream_one', 'failure', 'run_jobs', 'Streamed', 'whole', 'stream_scenes']
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #9caf4ff9
-import contextlib, hashlib, json, os, re, resource, sys
+import contextlib, json, re, resource, sys
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 
 import dst_smolvlm
-from ..core.config import InputError, environment, safe_name
-from ..core.parallel import count_cores, run_each
+from ..core.config import InputError, environment
+from ..core.hashing import hash_file, hash_parts, hash_text, safe_name
+from ..core.parallel import count_cores, join_ranks, run_each
 from ..data.schema import RecordError, VideoRecord
 from .variants import Variant, controlled, suited
 from ..model.modeling import checkpoint_hash, load_pretrained
@@ -38,7 +37,7 @@ def code_hash() -> str:
     "Short hash of the modules that may decide what a stream looks like, and of the versions of the libraries that compute."
     modules = sorted(p for room in ROOMS for p in (Path(dst_smolvlm.__file__).parent/room).glob('*.py'))
     versions = json.dumps(environment()['versions'], sort_keys=True).encode()
-    return hashlib.sha256(b''.join(p.read_bytes() for p in modules) + versions).hexdigest()[:12]
+    return hash_parts([*(p.read_bytes() for p in modules), versions], digits=12)
 
 CODE = code_hash()             # of the code that this process has loaded, whatever becomes of the files
 
@@ -63,13 +62,13 @@ class Job:
     def fingerprint(self) -> str:
         eval_cfg = self.cfg.eval
         strategy = self.variant.strategy or OmegaConf.to_container(self.cfg.context_strategy)
-        truth = strategy.get('dst_file') and hashlib.sha256(Path(strategy['dst_file']).read_bytes()).hexdigest()
+        truth = strategy.get('dst_file') and hash_file(strategy['dst_file'])
         options = strategy, truth, OmegaConf.to_container(OmegaConf.create(dict(filter=eval_cfg.state_tracker)))
         others = [eval_cfg[key] for key in ('max_reply_tokens', 'cooldown_s', 'clock', 'int8_vision', 'dtype')]
         variant = self.variant.name, self.variant.use_tracker, self.variant.control
         parts = [self.weights, CODE, variant, self.thresholds, *options, *others,
                  pick_device(self.cfg), self.scene.record.model_dump(mode='json'), self.shown]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_text(json.dumps(parts, sort_keys=True), 16)
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #dc329c1a
 def strategy_of(job:Job, model, layout):
@@ -154,20 +153,6 @@ def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> 
         except OSError as e: done['run'] = InputError(f'{e.filename or jobs[i].path}: {e.strerror or e}'); break
         except Exception as e: done[i] = failure(jobs[i], e)                       # only of this video
     return done
-
-# %% ../../nbs/08_evaluation/02_stream_split.ipynb #085ac0c4
-def join_ranks() -> PartialState:
-    "The processes that were launched together, this one among them; raises `InputError` if not all of them joined."
-    asked = int(os.environ.get('WORLD_SIZE', 1))
-    if 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
-        raise InputError('launched for several processes (MASTER_ADDR is set), but only one has started: accelerate does so for MULTI_CPU '
-                         'and --cpu; use conf/accelerate/cpu2.yaml, or unset MASTER_ADDR')
-    on_cpu = not torch.cuda.is_available() or os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
-    state = PartialState(**(dict(cpu=on_cpu, timeout=timedelta(days=30)) if asked > 1 else {}))
-    if state.num_processes != asked:
-        raise InputError(f'{asked} processes were launched, but accelerate joined {state.num_processes}: launch with '
-                         '`accelerate launch --config_file`, or with torchrun')
-    return state
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #c2cfd999
 class Streamed(NamedTuple):

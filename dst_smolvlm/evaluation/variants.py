@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from ..core.config import InputError, compose_config, safe_name
+from ..core.config import InputError, compose_config
+from ..core.hashing import safe_name
 from ..data.schema import VideoRecord
 from ..streaming.context_strategies import STRATEGIES, make_strategy
 

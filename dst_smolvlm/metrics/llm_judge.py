@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.config import InputError
 from ..core.states import STATE_NAMES
+from ..core.text import printable_line
 from ..data.schema import VideoRecord
 from ..streaming.trace import Trace, reference_speech
 
@@ -40,7 +41,7 @@ def judge_cases(trace: Trace, record: VideoRecord, pairs: list[tuple[int, int]])
 # %% ../../nbs/07_metrics/05_llm_judge.ipynb #3fd21f4f
 def _one_line(text: str) -> str:
     "Without line breaks or control characters, so that nothing can begin a line of its own."
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in text).replace('<<<', '‹‹‹').replace('>>>', '›››').split())
+    return printable_line(text).replace('<<<', '‹‹‹').replace('>>>', '›››')
 
 def fenced(text: str) -> str:
     "`text` as lines that begin with a bar, between fences which it cannot close."

@@ -7,7 +7,7 @@ __all__ = ['FRAMES_AT_ONCE', 'DSTSmolVLM', 'build_tiny', 'build_published', 'sav
            'reading_of', 'checkpoint_config', 'load_pretrained', 'load_model']
 
 # %% ../../nbs/03_model/07_modeling.ipynb #33bd9038
-import hashlib, os, shutil
+import os, shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging
 
 from ..core.config import InputError
+from ..core.hashing import hash_parts
 from .heads import (
     CHOICES, DSTHeads, DSTSmolVLMConfig, HeadsOutput, StepMemory, check_choices, decision_tokens, image_seq_len, in_float32, pool_tokens,
     published_config, tiny_config)
@@ -188,10 +189,8 @@ def save_model(model:DSTSmolVLM, layout:StreamLayout, folder, training:dict|None
 def checkpoint_hash(folder) -> str:
     "Short hash of everything in a checkpoint that decides what the model computes, so that no result is taken for another model's."
     says_nothing = 'thresholds.json', 'README.md'
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob('*')):
-        if path.is_file() and path.name not in says_nothing: digest.update(path.name.encode() + b'\0' + path.read_bytes())
-    return digest.hexdigest()[:12]
+    paths = (p for p in sorted(Path(folder).glob('*')) if p.is_file() and p.name not in says_nothing)
+    return hash_parts((p.name.encode() + b'\0' + p.read_bytes() for p in paths), digits=12)
 
 # %% ../../nbs/03_model/07_modeling.ipynb #8625692e
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.config import InputError
-from ..data.frames import frames_to_pixels
+from ..data.pixels import frames_to_pixels
 from ..model.kv_cache import rerotate_keys
 from ..model.modeling import DSTSmolVLM
 from ..model.stream_layout import StreamLayout

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..core.config import InputError
-from ..data.frames import frames_to_pixels
+from ..data.pixels import frames_to_pixels
 from ..model.kv_cache import StreamCache
 from ..model.modeling import DSTSmolVLM
 from ..model.stream_layout import StreamLayout

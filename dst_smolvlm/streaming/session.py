@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..core.config import InputError
+from ..core.parallel import check_device
 from ..core.states import transitions
 from ..data.schema import Step, Turn, VideoRecord, decode_text, parse_json
 from ..model.modeling import DSTSmolVLM
@@ -176,9 +177,7 @@ def load_thresholds(cfg, checkpoint) -> dict[str, float]:
 def pick_device(cfg) -> str:
     "`cfg.eval.device`, of which `auto` is a GPU if there is one."
     if cfg.eval.device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.zeros(1, device=cfg.eval.device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f'eval.device={cfg.eval.device}: not there: {str(e).splitlines()[0]}') from None
+    check_device(cfg.eval.device, 'eval.device', cfg.eval.device)
     return cfg.eval.device
 
 def backbone_dtype(cfg) -> torch.dtype:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..core.config import InputError
 from ..core.states import IN_PROGRESS, frame_of
-from ..data.frames import frames_to_pixels
+from ..data.pixels import frames_to_pixels
 from ..data.schema import VideoRecord
 from ..model.stream_layout import StreamLayout, layout_stream
 from .feature_store import FeatureStore

@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'DTYPES', 'FRAMES_PER_BATCH', 'encoder_fingerprint', 'list_
            'write_video', 'write_store', 'my_place', 'load_encoder', 'foresee', 'build_store']
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #6a88013b
-import fcntl, hashlib, json, math, os, re, sys, time
+import fcntl, json, math, os, re, sys, time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +21,17 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from ..core.config import InputError, atomic_write, check_outputs
-from ..data.frames import frames_to_pixels, prefetch
+from ..core.hashing import hash_parts, hash_text
+from ..core.parallel import check_device, launched_place, uses_cpu
+from ..data.frames import prefetch
+from ..data.pixels import frames_to_pixels
 from ..data.loading import load_records
 from ..data.probe import list_errors, probe_videos
 from ..model.modeling import load_model
 from ..world.scenes import Video
-from ..world.toy_world import Scene, make_scene, make_world, replay
+from ..world.replay import replay
+from ..world.toy_world import Scene, make_scene
+from ..world.world_config import make_world
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #fcbe0f66
 FORMAT = 1    # to be raised when the same file would be given other frames than before
@@ -37,12 +42,13 @@ def encoder_fingerprint(model, dtype:str='bfloat16') -> str:
     options = [FORMAT, dtype, str(model.dtype), vision.image_size, vision.patch_size, vision.num_attention_heads, vision.hidden_act,
                vision.layer_norm_eps, model.config.scale_factor, model.tokens_per_frame]
     picture = (np.arange(48*66*3) % 251).astype(np.uint8).reshape(1, 48, 66, 3)
-    digest = hashlib.sha256(json.dumps(options).encode() + frames_to_pixels(picture, vision.image_size).numpy().tobytes())
-    for part in (model.model.vision_model, model.model.connector):
-        for name, p in part.state_dict().items():
-            digest.update(f'{name} {p.dtype} {tuple(p.shape)}'.encode())
-            digest.update(p.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    def parts():
+        yield json.dumps(options).encode() + frames_to_pixels(picture, vision.image_size).numpy().tobytes()
+        for part in (model.model.vision_model, model.model.connector):
+            for name, p in part.state_dict().items():
+                yield f'{name} {p.dtype} {tuple(p.shape)}'.encode()
+                yield p.cpu().flatten().view(torch.uint8).numpy()
+    return hash_parts(parts(), digits=32)
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #646c7bb0
 def list_videos(cfg) -> list[Video]:
@@ -60,8 +66,7 @@ def list_videos(cfg) -> list[Video]:
 # %% ../../nbs/04_training/01_feature_store.ipynb #419a4cda
 def file_name(uid:str) -> str:
     "A safe file name for a video; different for different uids."
-    digest = hashlib.sha256(uid.encode('utf-8', 'surrogatepass')).hexdigest()[:32]
-    return re.sub(r'[^A-Za-z0-9.-]+', '_', uid)[:80].lstrip('.') + f'-{digest}.safetensors'
+    return re.sub(r'[^A-Za-z0-9.-]+', '_', uid)[:80].lstrip('.') + f'-{hash_text(uid, 32)}.safetensors'
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #6ae7880e
 DTYPES = dict(bfloat16='BF16', float16='F16', float32='F32')    # their names in a safetensors header
@@ -239,14 +244,11 @@ def write_store(model, videos:list[Video], folder, dtype:str='bfloat16', first:b
 # %% ../../nbs/04_training/01_feature_store.ipynb #daf19aef
 def my_place(cfg) -> tuple[int, int, torch.device]:
     "This process's number, how many were launched together, and its device."
-    rank, ranks, local = (int(os.environ.get(key, value)) for key, value in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    rank, ranks, local = launched_place()
     name = cfg.features.device
-    on_cpu = not torch.cuda.is_available() or os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
-    if name == 'auto': name = 'cpu' if on_cpu else 'cuda'
+    if name == 'auto': name = 'cpu' if uses_cpu() else 'cuda'
     if name == 'cuda': name = f'cuda:{local % max(1, torch.cuda.device_count())}'
-    try: torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f'features.device={cfg.features.device}: not there: {str(e).splitlines()[0]}') from None
+    check_device(name, 'features.device', cfg.features.device)
     return rank, ranks, torch.device(name)
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #b795e289

@@ -8,7 +8,7 @@ __all__ = ['IN_FULL', 'CONFIG_FILE', 'WEIGHTS_FILE', 'lora_targets', 'need_peft'
            'read_adapter', 'load_adapter', 'dense', 'merged']
 
 # %% ../../nbs/04_training/04_lora.ipynb #c8f42026
-import copy, hashlib, json, os, re, shutil
+import copy, json, os, re, shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..core.config import InputError
+from ..core.hashing import hash_parts
 from ..model.modeling import DSTSmolVLM
 from .parameter_groups import AdapterConfig, frozen_parts, own_modules, own_parameters, part_of
 
@@ -72,12 +73,13 @@ def add_lora(model:DSTSmolVLM, cfg:AdapterConfig) -> DSTSmolVLM:
 # %% ../../nbs/04_training/04_lora.ipynb #b1cc4589
 def fingerprint(model, names) -> str:
     "Hash of up to 64 numbers of each of these parameters, rounded to bfloat16, so that the precision of loading makes no difference."
-    params, digest = own_parameters(model), hashlib.sha256()
-    for name in sorted(names):
-        some = params[name].detach().flatten()
-        some = some[::max(1, len(some)//64)][:64].cpu().bfloat16().float()
-        digest.update(f'{name} {tuple(params[name].shape)}'.encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:32]
+    params = own_parameters(model)
+    def parts():
+        for name in sorted(names):
+            some = params[name].detach().flatten()
+            some = some[::max(1, len(some)//64)][:64].cpu().bfloat16().float()
+            yield f'{name} {tuple(params[name].shape)}'.encode() + some.numpy().tobytes()
+    return hash_parts(parts(), digits=32)
 
 def base_fingerprints(model, config) -> dict[str, str]:
     "Hashes of what an adapter is added to: the layers that it changes ('' for 4-bit ones), and all else that does not learn."

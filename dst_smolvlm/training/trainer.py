@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.config import InputError
+from ..core.parallel import check_launched
 from ..data.probe import list_errors
 from ..model.modeling import quiet, save_model
 from .adapters import AdapterTraining
@@ -253,13 +254,8 @@ class DSTTrainer(AdapterTraining, Trainer):
 # %% ../../nbs/04_training/08_trainer.ipynb #aff4669f
 def check_ranks(trainer) -> str:
     "One line about the ranks; an error if fewer train than were launched, or if they do not hold the same weights."
-    acc, asked = trainer.accelerator, int(os.environ.get('WORLD_SIZE', 1))
-    if 'MASTER_ADDR' in os.environ and 'WORLD_SIZE' not in os.environ:
-        raise InputError('launched for several processes (MASTER_ADDR is set), but only one has started: accelerate does so for MULTI_CPU '
-                         'and --cpu; use conf/accelerate/cpu2.yaml, or unset MASTER_ADDR')
-    if acc.num_processes != asked:
-        raise InputError(f'{asked} processes were launched, but accelerate joined {acc.num_processes}: on CPUs set ACCELERATE_USE_CPU=true '
-                         'and launch with `accelerate launch --config_file`, or with torchrun')
+    acc = trainer.accelerator
+    check_launched(acc.num_processes)
     total = torch.stack([p.detach().float().cpu().double().sum() for p in trainer.model.parameters()]).sum()
     sums = acc.gather(total[None].to(acc.device)) if acc.num_processes > 1 else total[None]
     if not torch.equal(sums, sums[:1].expand_as(sums)):

@@ -16,6 +16,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ..core.config import InputError
 from ..core.states import COMPLETED, IN_PROGRESS, STATE_NAMES
+from ..core.text import printable_line
 from .timeline_plot import SPEAK, STATE_COLORS, UPDATE
 
 # %% ../../nbs/06_viz/01_live_view.ipynb #20ad3759
@@ -26,7 +27,7 @@ def _font(size: float, bold=False):
 
 def _plain(text, most=500) -> str:
     "One line without control characters."
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)[:most]).split())
+    return printable_line(str(text)[:most])
 
 def _wrap(text: str, font, width: float, lines=1) -> list[str]:
     "At most `lines` lines of at most `width` pixels, broken at blanks where there are any; what is left over becomes an ellipsis."

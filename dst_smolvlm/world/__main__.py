@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/09_commands/02_world.ipynb #31b2e044
 from ..core.config import InputError, run_cli
-from .toy_world import build_sample
+from .replay import build_sample
 
 # %% ../../nbs/09_commands/02_world.ipynb #4cb805ec
 @run_cli
