@@ -15,6 +15,7 @@ from functools import partial
 
 from ..core.config import InputError
 from ..core.parallel import run_each
+from ..core.states import frames_within
 from ..data.schema import VideoRecord
 from ..metrics.bootstrap import compare, score_intervals
 from ..metrics.scores import WORDS, Language, add_counts, check_pairs, count_trace, match_replies, matched_texts, score_counts
@@ -131,7 +132,7 @@ def head_probs(tallies, head:str) -> tuple[list, list]:
 
 def curves(tallies, head:str, tolerance_s:float=1.):
     "The precision-recall curve of a head over all thresholds, from stored probabilities."
-    return pr_curve(*head_probs(tallies, head), [int(tolerance_s*t.fps + 1e-9) for t in tallies])
+    return pr_curve(*head_probs(tallies, head), [frames_within(tolerance_s, t.fps) for t in tallies])
 
 def probability_scores(tallies:list[Tally], counts:Counter, tolerance_s:float) -> dict[str, float|None]:
     "Average precision, calibration error, Brier score and share of events of both heads; `counts` are those of all tallies."
