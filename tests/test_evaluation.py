@@ -8,8 +8,8 @@ import pytest
 import processes
 from dst_smolvlm import evaluate
 from dst_smolvlm.core.config import InputError, compose_config
-from dst_smolvlm.evaluate import entries_of, make_language, score_entries
 from dst_smolvlm.evaluation.comparison import make_row, tally_rows
+from dst_smolvlm.evaluation.scoring import entries_of, make_language, score_entries
 from dst_smolvlm.evaluation.stream_split import Streamed, stream_scenes
 from dst_smolvlm.evaluation.variants import variants_of
 from dst_smolvlm.model.modeling import build_tiny, save_model

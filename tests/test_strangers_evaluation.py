@@ -23,8 +23,8 @@ from dst_smolvlm.metrics.thresholds import bin_frames, f1_figure, pr_curve, pr_f
 from dst_smolvlm.model.modeling import build_tiny, save_model
 from dst_smolvlm.streaming.trace import oracle_trace, trace_from_states
 from dst_smolvlm.viz.timeline_plot import timeline_figure
-from dst_smolvlm.world.scenes import load_scenes
 from dst_smolvlm.world.replay import build_sample
+from dst_smolvlm.world.scenes import load_scenes
 
 CASES = Path(os.environ.get('DST_CASES', Path(__file__).resolve().parents[2]/'shared'/'cases'))
 COMMON = ['data=toy', 'data.validation_videos=1', 'data.test_videos=3', 'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1']

@@ -18,8 +18,8 @@ from dst_smolvlm.metrics.scores import score_traces
 from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.world.render import COLOURS, SHAPES, Part, draw_noise
-from dst_smolvlm.world.scenes import ToyScenes, load_auxiliary_scenes, load_scenes
 from dst_smolvlm.world.replay import replay
+from dst_smolvlm.world.scenes import ToyScenes, load_auxiliary_scenes, load_scenes
 from dst_smolvlm.world.toy_world import SPLITS, Scene, in_hand, make_scene, render, render_frame
 from dst_smolvlm.world.world_config import LIMITS, WorldConfig
 

@@ -18,7 +18,7 @@ import av
 
 from ..core.config import InputError
 from .container import (
-    file_packets, in_seconds, is_live, live_packets, open_source, video_stream, source_name, usual_duration)
+    file_packets, in_seconds, is_live, live_packets, open_source, source_name, usual_duration, video_stream)
 
 # %% ../../nbs/01_data/02_decoding.ipynb #6637c321
 _INDEXED = 'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm'

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.config import InputError
+from ..core.states import frames_within
 from ..data.schema import RecordError, VideoRecord
 from .stream_split import stream_scenes, whole
 from ..metrics.matching import count_matches
@@ -42,7 +43,7 @@ def fired_at(probs:np.ndarray, theta:float, record:VideoRecord, head:str, cooldo
 # %% ../../nbs/08_evaluation/03_threshold_tuning.ipynb #104793c8
 def sweep_video(trace:Trace, record:VideoRecord, head:str, tolerance_s:float, grid=THRESHOLD_GRID, cooldown_s:float=0.) -> np.ndarray:
     "Matched, redundant and missed decisions of one video at every threshold of the grid: int [K, 3]."
-    (probs, events), within = trace_probabilities(trace, record, head), int(tolerance_s*trace.fps + 1e-9)
+    (probs, events), within = trace_probabilities(trace, record, head), frames_within(tolerance_s, trace.fps)
     counts = np.zeros((len(grid), 3), int)
     for k, theta in enumerate(grid):
         fired = fired_at(probs, theta, record, head, cooldown_s, trace.fps)

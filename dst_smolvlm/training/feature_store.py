@@ -24,12 +24,12 @@ from ..core.config import InputError, atomic_write, check_outputs
 from ..core.hashing import hash_parts, hash_text
 from ..core.parallel import check_device, launched_place, uses_cpu
 from ..data.frames import prefetch
-from ..data.pixels import frames_to_pixels
 from ..data.loading import load_records
+from ..data.pixels import frames_to_pixels
 from ..data.probe import list_errors, probe_videos
 from ..model.modeling import load_model
-from ..world.scenes import Video
 from ..world.replay import replay
+from ..world.scenes import Video
 from ..world.toy_world import Scene, make_scene
 from ..world.world_config import make_world
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..core.states import STATE_NAMES, state_changes
+from ..core.states import STATE_NAMES, frames_within, state_changes
 from ..data.schema import VideoRecord
 from ..streaming.trace import Trace, reference_speech
 
@@ -126,7 +126,7 @@ def word_rows(trace: Trace, record: VideoRecord|None=None, tolerance_s: float=1.
     free = dict(expected)
     for n, (i, text) in enumerate(trace.spoken, 1):
         near = min(free, key=lambda j: abs(j - i), default=None)
-        here = free.pop(near) if near is not None and abs(near - i) <= tolerance_s*fps else None
+        here = free.pop(near) if near is not None and abs(near - i) <= frames_within(tolerance_s, fps) else None
         rows.append((i/fps, f'reply {n}', text, here))
     return sorted(rows + [(j/fps, 'missing', None, text) for j, text in free.items()], key=lambda row: row[0])
 
