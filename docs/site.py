@@ -11,7 +11,8 @@ from markdown.extensions.toc import slugify
 root = Path(__file__).parent.parent
 source = root/'_docs'/'source'
 PAGES = {'Evaluation': 'docs/evaluation.md', 'Data': 'docs/data.md', 'One record, and formats': 'data/README.md',
-         'Training': 'docs/training.md', 'Streaming': 'docs/streaming.md', 'Related work': 'docs/related.md', 'Contributing': 'CONTRIBUTING.md', 'Changes': 'CHANGELOG.md'}
+         'Training': 'docs/training.md', 'Streaming': 'docs/streaming.md', 'Related work': 'docs/related.md',
+         'Contributing': 'CONTRIBUTING.md', 'Changes': 'CHANGELOG.md'}
 
 
 def copy_sources():
@@ -53,8 +54,8 @@ def on_config(config):
     return config
 
 def on_page_content(html, page, config, files):
-    """Links in a notebook lead to the pages of Markdown files and notebooks, and anchors in a notebook to its headings, which the site names
-    otherwise than Jupyter does."""
+    """Links in a notebook lead to the pages of Markdown files and notebooks. Anchors in a notebook lead to its headings,
+    which the site and Jupyter name differently."""
     in_notebook = page.file.src_uri.endswith('.ipynb')
     def to_page(found):
         target, anchor = found[1], found[2] or ''
