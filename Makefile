@@ -1,6 +1,7 @@
 # make demo       train the tiny model, stream unseen videos, score them (SEED=1 OUT=outputs/seed1 for another run)
 # make test       every check; the notebooks are tests too
 # make lab        JupyterLab on the notebooks
+# make docs       pages, notebooks and API reference as a site in _docs/site (needs no network)
 # make clean      remove caches, results and build products (keeps .venv; `make distclean` removes that as well)
 # Each sets up .venv first if need be. Another interpreter: make demo PYTHON=python3.12
 
@@ -10,7 +11,7 @@ INSTALLED := .venv/.installed
 SEED ?= 0
 OUT ?= outputs/demo
 
-.PHONY: demo test lab clean distclean
+.PHONY: demo test lab docs clean distclean
 
 demo test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
@@ -28,6 +29,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pytest -q -n 2 --dist loadfile tests
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Open _docs/site/index.html"
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir=nbs
