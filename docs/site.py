@@ -63,4 +63,4 @@ def on_page_content(html, page, config, files):
         if in_notebook: target = re.sub(r'[.](ipynb|md)$', '.html', re.sub(r'README\.md$', 'index.html', target))
         if anchor and (in_notebook or 'nbs/' in target): anchor = '#' + slugify(anchor, '-')
         return f'href="{target}{anchor}"'
-    return re.sub(r'href="([^"#]*\.(?:ipynb|md|html))(#[^"]+)?"', to_page, html)
+    return re.sub(r'href="([^"#]*\.(?:ipynb|md|html)|)(#[^"]+)?"', to_page, html)
