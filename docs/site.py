@@ -21,7 +21,8 @@ def copy_sources():
     for folder in ('docs', 'nbs'):
         shutil.copytree(root/folder, source/folder, ignore=shutil.ignore_patterns('.ipynb_checkpoints', 'outputs', '__pycache__', '*.py'))
     (source/'data').mkdir()
-    for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'data/README.md'): shutil.copy(root/name, source/name)
+    for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'data/README.md'):
+        shutil.copy(root/name, source/name)
 
 def exported_module(notebook: Path) -> str|None:
     "The module that a notebook exports."
