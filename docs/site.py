@@ -21,7 +21,8 @@ def copy_sources():
     for folder in ('docs', 'nbs'):
         shutil.copytree(root/folder, source/folder, ignore=shutil.ignore_patterns('.ipynb_checkpoints', 'outputs', '__pycache__', '*.py'))
     (source/'data').mkdir()
-    for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff', 'data/README.md'): shutil.copy(root/name, source/name)
+    for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff', 'LICENSE', 'data/README.md'):
+        shutil.copy(root/name, source/name)
 
 def exported_module(notebook: Path) -> str|None:
     "The module that a notebook exports."
@@ -63,4 +64,4 @@ def on_page_content(html, page, config, files):
         if in_notebook: target = re.sub(r'[.](ipynb|md)$', '.html', re.sub(r'README\.md$', 'index.html', target))
         if anchor and (in_notebook or 'nbs/' in target): anchor = '#' + slugify(anchor, '-')
         return f'href="{target}{anchor}"'
-    return re.sub(r'href="([^"#]*\.(?:ipynb|md|html))(#[^"]+)?"', to_page, html)
+    return re.sub(r'href="([^"#]*\.(?:ipynb|md|html)|)(#[^"]+)?"', to_page, html)

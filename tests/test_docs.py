@@ -39,9 +39,10 @@ def test_navigation_is_complete(site):
 
 
 def test_links_of_notebooks_lead_to_pages(site):
-    html = '<a href="../01_data/00_schema.ipynb#A-record">x</a><a href="../../README.md">y</a><a href="https://a.org/b.md">z</a>'
+    html = '<a href="../01_data/00_schema.ipynb#A-record">x</a><a href="../../README.md">y</a><a href="https://a.org/b.md#C">z</a>'
     assert site.on_page_content(html, page('nbs/00_core/00_config.ipynb'), None, None) == (
-        '<a href="../01_data/00_schema.html#a-record">x</a><a href="../../index.html">y</a><a href="https://a.org/b.md">z</a>')
+        '<a href="../01_data/00_schema.html#a-record">x</a><a href="../../index.html">y</a><a href="https://a.org/b.md#C">z</a>')
+    assert site.on_page_content('<a href="#The-rooms">x</a>', page('nbs/index.ipynb'), None, None) == '<a href="#the-rooms">x</a>'
     html = '<a href="nbs/index.html#Glossary">x</a><a href="evaluation.html#the-table">y</a>'
     assert site.on_page_content(html, page('README.md'), None, None) == html.replace('Glossary', 'glossary')
 
