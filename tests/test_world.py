@@ -134,7 +134,7 @@ def test_fast_drawing_changes_no_pixel(knobs):
 def test_noise_is_that_of_the_generator(seed, n, before):
     ours, numpys = (np.random.default_rng(seed) for _ in range(2))
     for rng in (ours, numpys): rng.normal(size=before)
-    assert (draw_noise(ours, n)//draw_noise.__globals__['_INKS'].shape[0] == numpys.integers(13, size=n, dtype=np.uint8)).all()
+    assert (draw_noise(ours, n)//draw_noise.__globals__['_PALETTE'].shape[0] == numpys.integers(13, size=n, dtype=np.uint8)).all()
 
 
 # Labels are exact

@@ -164,7 +164,7 @@ class _Annotation(_Model):
 
     @property
     def view_uid(self) -> str:
-        "The name of its pictures: of the video, and of the camera where there are several."
+        "The name of what is filmed: of the video, and of the camera where there are several."
         return '.'.join(filter(None, (self.video_uid, self.view)))
 
 # %% ../../nbs/01_data/00_schema.ipynb #83a25d0d

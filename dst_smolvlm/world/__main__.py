@@ -14,7 +14,9 @@ from .replay import build_sample
 def main(argv=None):
     "The command: `sample --out FOLDER` writes eight short test videos and their records."
     usage = 'usage: python -m dst_smolvlm.world sample --out FOLDER'
-    if '-h' in argv or '--help' in argv: print(usage); return
+    if '-h' in argv or '--help' in argv:
+        print(usage)
+        return
     if len(argv) != 3 or argv[:2] != ['sample', '--out']: raise InputError(usage)
     records = build_sample(argv[2])
     print(f'{len(records)} videos and toy.jsonl in {argv[2]}')

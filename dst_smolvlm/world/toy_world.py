@@ -30,7 +30,7 @@ class Scene:
     wrong: list[tuple[float, float, Part]] = field(default_factory=list)   # (start, end, part) of every wrong pick, seconds
     seed: int = 0
     config: WorldConfig = WorldConfig()
-    lying: tuple[Lying, ...] = ()                  # what is in the picture and in nobody's hand
+    lying: tuple[Lying, ...] = ()                  # what is in the frame and in no hand
     passing: tuple[Passing, ...] = ()              # or in somebody else's
     hidden: tuple[bool, ...] = ()                  # of each step and wrong pick: does the hand hide it after its first frame?
     def frames(self, start:int=0, stop:int|None=None): return render(self, start, stop)

@@ -31,7 +31,7 @@ class WorldConfig:
     mistakes: float = .15          # share of steps before which a wrong part is taken
     questions: float = .2          # share of idle stretches in which the user asks
     distractors: int = 0           # parts that lie on the table and belong to no step
-    passing: float = 0.            # share of pauses in which somebody else carries a part through the picture
+    passing: float = 0.            # share of pauses in which somebody else carries a part through the frame
     occlusion: float = 0.          # share of carrying frames on which the hand hides the part
     hidden: float = 0.             # share of carries in which it hides the part on all frames but the first
     part_size: float = 14.         # radius in pixels of a carried part
