@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from ..core.config import InputError
 from .heads import (
-    CHOICES, DSTHeads, DSTSmolVLMConfig, HeadsOutput, StepMemory, check_choices, decision_tokens, image_seq_len, in_float32, pool_tokens,
-    published_config, tiny_config)
+    CHOICES, MOVED_WEIGHTS, DSTHeads, DSTSmolVLMConfig, HeadsOutput, StepMemory, check_choices, decision_tokens, image_seq_len, in_float32,
+    pool_tokens, published_config, tiny_config)
 from .hub import model_card
 from .packing import read_rows
 from .stream_layout import StreamLayout, tiny_tokenizer, toy_texts
@@ -53,7 +53,17 @@ class DSTSmolVLM(StreamGeneration, SmolVLMForConditionalGeneration):
                 nn.init.normal_(module.weight, std=.5 if in_vision else 1.)
         if isinstance(module, DSTHeads):
             nn.init.normal_(module.none_key)
-            if module.decides: nn.init.zeros_(module.evidence[-1].weight)   # until the evidence means something
+            if module.decides: nn.init.zeros_(module.decisions.evidence[-1].weight)   # until the evidence means something
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        "As in the library; the weights of an older checkpoint get their present names, and are saved under these."
+        moved = {rf'^heads\.{old}\.': f'heads.{now}.' for old, now in MOVED_WEIGHTS.items()}
+        loaded = super().from_pretrained(*args, key_mapping=moved, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        renamings = getattr(model, '_weight_conversions', None) or []        # the library would undo them when it saves
+        model._weight_conversions = [r for r in renamings if not any(t.startswith('heads.') for t in r.target_patterns)]
+        return loaded
 
     @property
     def tokens_per_frame(self) -> int: return self.config.tokens_per_frame or self.model.image_seq_len
@@ -133,7 +143,7 @@ class DSTSmolVLM(StreamGeneration, SmolVLMForConditionalGeneration):
             words = self.get_input_embeddings()(auxiliary_ids)
             steps = self.step_memory(words, words, auxiliary_spans)
             seen = self.encode_frames(auxiliary_pixels) if auxiliary_tokens is None else auxiliary_tokens      # [G*F, N, D]
-            out.auxiliary_logits = self.heads.point(self.heads.look(seen.unflatten(0, (len(words), -1))), steps)
+            out.auxiliary_logits = self.heads.point(seen.unflatten(0, (len(words), -1)), steps)
         return out
 
 # %% ../../nbs/03_model/07_modeling.ipynb #80f2135c
