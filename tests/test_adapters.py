@@ -4,13 +4,13 @@ from pathlib import Path
 
 import peft, pytest, torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 import processes
 from dst_smolvlm import train
 from dst_smolvlm.core.config import InputError, compose_config
-from dst_smolvlm.model.heads import tiny_config
+from dst_smolvlm.model.heads import old_name, tiny_config
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, load_pretrained, save_model
 from dst_smolvlm.streaming.session import stream_record
 from dst_smolvlm.training import adapters, lora
@@ -88,8 +88,8 @@ def test_the_library_loses_the_heads_and_we_do_not(tmp_path):
     trained.save_pretrained(tmp_path/'theirs')
     again, _ = small()
     again.load_adapter(str(tmp_path/'theirs'))
-    assert not torch.equal(again.heads.speaking_head.weight, trained.heads.speaking_head.weight)
-    assert torch.equal(again.heads.speaking_head.weight, small()[0].heads.speaking_head.weight)
+    assert not torch.equal(again.heads.decisions.speaking_head.weight, trained.heads.decisions.speaking_head.weight)
+    assert torch.equal(again.heads.decisions.speaking_head.weight, small()[0].heads.decisions.speaking_head.weight)
 
     trained = moved(add_lora(small()[0], AdapterConfig(**LORA)))
     again = load_adapter(small()[0], save_adapter(trained, tmp_path/'ours'))
@@ -115,6 +115,23 @@ def test_everything_that_moved_is_in_the_folder(tmp_path, parts):
     with safe_open(save_adapter(trained, tmp_path/'a')/'adapter_model.safetensors', 'pt') as f: names = set(f.keys())
     assert {part_of(n) for n in names} == {'lora', *parts}
     assert same(load_adapter(small()[0], tmp_path/'a'), trained)
+
+
+@pytest.mark.parametrize('parts', [['heads'], []])
+def test_an_adapter_with_the_names_of_older_versions(tmp_path, parts, monkeypatch):
+    "The weights of its heads get their present names, and the fingerprints of its base still fit."
+    trained = moved(add_lora(small()[0], AdapterConfig(**LORA, lora_train=parts)))
+    folder = save_adapter(trained, tmp_path/'a')
+    with safe_open(folder/'adapter_model.safetensors', 'pt') as f: metadata, names = f.metadata(), list(f.keys())
+    weights = load_file(folder/'adapter_model.safetensors')
+    save_file({old_name(name): weights[name] for name in names}, folder/'adapter_model.safetensors', metadata=metadata)
+    assert same(load_adapter(small()[0], folder), trained)
+    base = small()[0]
+    names = ['heads.pointer.query.0.weight', 'heads.state_head.previous_state_embedding.weight', 'lm_head.weight']
+    older = {old_name(name): dict(base.named_parameters())[name] for name in names}
+    now = lora.fingerprint(base, names)
+    monkeypatch.setattr(lora, 'own_parameters', lambda model: older)
+    assert lora.fingerprint(base, older) == now
 
 
 def test_tied_embeddings_stay_one_tensor(tmp_path):
@@ -389,7 +406,7 @@ def test_a_rate_for_every_part(tmp_path):
     before = copy.deepcopy(t.model)
     t.train()
     still = [n for (n, p), q in zip(t.model.named_parameters(), before.parameters()) if torch.equal(p, q)]
-    assert all(n.startswith('heads.evidence.0.') for n in still), still      # what reads them is zero before the first step
+    assert all(n.startswith('heads.decisions.evidence.0.') for n in still), still      # what reads them is zero before the first step
 
 
 @pytest.mark.parametrize('rates', [None, dict(heads=1e-3), dict(vision=1e-6, connector=1e-5, text=1e-5, embeddings=1e-5, heads=1e-3)])

@@ -11,7 +11,7 @@ from transformers.utils import hub as library_hub
 
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.pixels import frames_to_pixels
-from dst_smolvlm.model.heads import DSTSmolVLMConfig
+from dst_smolvlm.model.heads import DSTSmolVLMConfig, old_name
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, checkpoint_hash, load_pretrained, quiet, save_model
 from dst_smolvlm.model.packing import pack_rows
 from dst_smolvlm.model.stream_layout import layout_stream
@@ -120,13 +120,13 @@ def test_every_parameter_has_a_gradient():
         model, layout = build_tiny(SMALL | dict(decision_mode=mode))
         _, gradients = results(model, streams(layout))
         assert not [name for name, g in gradients.items() if g is None]
-        assert not [name for name, g in gradients.items() if not g.any() and not name.startswith('heads.evidence.0')]
+        assert not [name for name, g in gradients.items() if not g.any() and not name.startswith('heads.decisions.evidence.0')]
 
 
 def test_modes_have_their_own_modules():
     by_head, by_token = (build_tiny(SMALL | dict(decision_mode=mode))[0] for mode in ('heads', 'lm_token'))
     left_out = set(by_head.state_dict()) - set(by_token.state_dict())
-    assert {name.split('.')[1] for name in left_out} == {'speaking_head', 'dst_update_head', 'evidence'}
+    assert {name.split('.')[2] for name in left_out} == {'speaking_head', 'dst_update_head', 'evidence'}
     assert not set(by_token.state_dict()) - set(by_head.state_dict())
     assert all(torch.equal(p, dict(by_token.named_parameters())[n]) for n, p in by_head.named_parameters() if n.startswith('model.'))
 
@@ -243,6 +243,25 @@ def test_a_checkpoint_is_not_contradicted(saved):
     with pytest.raises(InputError, match=f'model.decision_mode={other}'): load_pretrained(folder, decision_mode=other)
     with pytest.raises(InputError, match='model.pointer_source=hidden'): load_pretrained(folder, pointer_source='hidden')
     assert load_pretrained(folder, decision_mode=model.config.decision_mode)[0].config.decision_mode == model.config.decision_mode
+
+
+def test_a_checkpoint_with_the_names_of_older_versions(saved, tmp_path):
+    "It loads equal: as a folder, by the library's classes, and as the state of a resumed training. It is saved under the present names."
+    from safetensors.torch import load_file, load_model, save_file
+    model, layout, folder = saved
+    older = shutil.copytree(folder, tmp_path/'older')
+    weights = {old_name(name): value for name, value in load_file(folder/'model.safetensors').items()}
+    assert 'heads.told_embedding.weight' in weights and 'heads.none_key' in weights and not any('.pointer.' in name for name in weights)
+    save_file(weights, older/'model.safetensors', metadata=dict(format='pt'))
+    resumed, by_file = (type(model)(model.config) for _ in range(2))
+    resumed.load_state_dict(weights)
+    load_model(by_file, older/'model.safetensors')
+    with quiet(): by_library = AutoModelForImageTextToText.from_pretrained(older)
+    for again in (load_pretrained(older)[0], by_library, resumed, by_file):
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    saved_again = save_model(load_pretrained(older)[0], layout, tmp_path/'again')
+    assert load_file(saved_again/'model.safetensors').keys() == load_file(folder/'model.safetensors').keys()
 
 
 def test_missing_heads_are_not_made_up(saved, tmp_path):

@@ -52,9 +52,10 @@ def test_sizes(model):
     assert model.tokens_per_frame == 4
     assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith('heads.')) == 256_484_928
     heads = model.heads
-    assert {name: tuple(head.weight.shape) for name, head in heads.named_children() if name.endswith('_head')} == dict(
-        speaking_head=(2, 576), dst_update_head=(2, 576), dst_state_head=(3, 576))
-    assert heads.query[0].weight.shape == (576, 4*576) and heads.key[0].weight.shape == (2*576, 576)
+    linear = {name: head for name, head in heads.named_modules() if name.endswith('_head') and hasattr(head, 'weight')}
+    assert {name: tuple(head.weight.shape) for name, head in linear.items()} == (
+        {'decisions.speaking_head': (2, 576), 'decisions.dst_update_head': (2, 576), 'state_head.dst_state_head': (3, 576)})
+    assert heads.pointer.query[0].weight.shape == (576, 4*576) and heads.pointer.key[0].weight.shape == (2*576, 576)
 
 
 @pytest.mark.parametrize('size, parameters, tokens', [('256M', 256_484_928, 64), ('500M', 507_482_304, 64), ('2.2B', 2_246_784_880, 81)])
@@ -65,7 +66,7 @@ def test_published_sizes(size, parameters, tokens, mode):
     with torch.device('meta'): model = DSTSmolVLM(published_config(size, decision_mode=mode, **ids))
     assert image_seq_len(model.config) == model.model.image_seq_len == model.tokens_per_frame == tokens
     assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith('heads.')) == parameters
-    assert {name.split('.')[1] for name in model.state_dict() if name.startswith('heads.') and name.endswith('_head.weight')} == (
+    assert {name.split('.')[2] for name in model.state_dict() if name.startswith('heads.') and name.endswith('_head.weight')} == (
         {'speaking_head', 'dst_update_head', 'dst_state_head'} if mode == 'heads' else {'dst_state_head'})
     text, vision = model.config.text_config, model.config.vision_config
     assert text.rope_parameters['rope_theta'] == (130000 if size == '2.2B' else 100000)
@@ -107,7 +108,8 @@ def test_one_training_step(model, layout, item, tmp_path):
     trainer.train()
     assert all(math.isfinite(value) for value in trainer.state.log_history[0].values())
     # The evidence layer before the last one waits: the last begins at zero, so that no gradient passes it in the first step.
-    learn = [name for name, _ in model.named_parameters() if name.startswith('heads.') and not name.startswith('heads.evidence.0.')] + [
+    of_heads = [name for name, _ in model.named_parameters() if name.startswith('heads.')]
+    learn = [name for name in of_heads if not name.startswith('heads.decisions.evidence.0.')] + [
         'lm_head.weight', 'model.connector.modality_projection.proj.weight', 'model.vision_model.encoder.layers.11.mlp.fc2.weight',
         'model.text_model.layers.0.self_attn.q_proj.weight', 'model.text_model.embed_tokens.weight']
     assert not [name for name in learn if not seen.norms.get(name, 0) > 0]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ..core.config import InputError
 from ..core.hashing import hash_parts
+from ..model.heads import current_name, old_name
 from ..model.modeling import DSTSmolVLM
 from .parameter_groups import AdapterConfig, frozen_parts, own_modules, own_parameters, part_of
 
@@ -75,10 +76,10 @@ def fingerprint(model, names) -> str:
     "Hash of up to 64 numbers of each of these parameters, rounded to bfloat16, so that the precision of loading makes no difference."
     params = own_parameters(model)
     def parts():
-        for name in sorted(names):
+        for name in sorted(names, key=old_name):                         # older adapters were hashed by the names of their time
             some = params[name].detach().flatten()
             some = some[::max(1, len(some)//64)][:64].cpu().bfloat16().float()
-            yield f'{name} {tuple(params[name].shape)}'.encode() + some.numpy().tobytes()
+            yield f'{old_name(name)} {tuple(params[name].shape)}'.encode() + some.numpy().tobytes()
     return hash_parts(parts(), digits=32)
 
 def base_fingerprints(model, config) -> dict[str, str]:
@@ -153,7 +154,7 @@ def read_adapter(folder) -> tuple:
         raise InputError(f'{folder/CONFIG_FILE}: not the configuration of one of our adapters: {type(e).__name__} {e}') from None
     try:
         with safe_open(folder/WEIGHTS_FILE, 'pt') as f:
-            found, tensors = f.metadata() or {}, {n.removeprefix('base_model.model.'): f.get_tensor(n) for n in f.keys()}
+            found, tensors = f.metadata() or {}, {current_name(n.removeprefix('base_model.model.')): f.get_tensor(n) for n in f.keys()}
     except Exception as e: raise InputError(f'{folder/WEIGHTS_FILE}: damaged: {str(e).splitlines()[0][:200]}') from None
     if 'base' not in found: raise InputError(f'{folder/WEIGHTS_FILE}: not one of our adapters: it does not say what it was added to')
     return config, tensors, found
