@@ -20,7 +20,7 @@ from ..world.scenes import ToyScenes
 # %% ../../nbs/04_training/11_dry_run.ipynb #274be83c
 def row_counts(data:DSTStreamDataset) -> str:
     "How many rows an epoch has, and what they are taken from."
-    counts = dict(clip=len(data)) if data.split_long else {}
+    counts = dict(clip=len(data)) if data.options.split_long else {}
     counts['stream'] = len(data.scenes)
     if not isinstance(data.scenes, ToyScenes): counts['video'] = len({s.record.video_uid for s in data.scenes})
     return ' of '.join(f'{n} {what}{"s"*(n != 1)}' for what, n in counts.items())
