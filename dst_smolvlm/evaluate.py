@@ -40,7 +40,8 @@ from .metrics.scores import Language, score_counts
 from .metrics.text import Idf, load_encoder, words
 from .metrics.text_proassist import ptb_tokens
 from .streaming.session import given_thresholds
-from .streaming.trace import Traces, reference_speech
+from .streaming.reference_traces import reference_speech
+from .streaming.trace import Traces
 from .viz.timeline_plot import timeline_figure
 from .world.scenes import VideoScene, load_scenes
 

@@ -13,7 +13,7 @@ import dst_smolvlm.viz.state_strip as state_strip
 import dst_smolvlm.viz.video_output as show
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.frames import iter_frames, prefetch, read_frames, video_length
-from dst_smolvlm.streaming.trace import example_trace
+from dst_smolvlm.streaming.reference_traces import example_trace
 from dst_smolvlm.viz.canvas import fit_image
 from dst_smolvlm.viz.live_view import Screen
 from dst_smolvlm.viz.state_strip import SPEAK, STATE_COLORS, LaneStrip

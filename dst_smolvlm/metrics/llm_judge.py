@@ -16,7 +16,8 @@ import numpy as np
 from ..core.config import InputError
 from ..core.states import STATE_NAMES
 from ..data.schema import VideoRecord
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Trace
 
 # %% ../../nbs/07_metrics/05_llm_judge.ipynb #d7610843
 class JudgeCase(NamedTuple):

@@ -16,7 +16,8 @@ from matplotlib.patches import Patch
 
 from ..core.states import STATE_NAMES, state_changes
 from ..data.schema import VideoRecord
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Trace
 from .state_strip import SPEAK, STATE_COLORS, UPDATE, WRONG, state_strip
 
 # %% ../../nbs/06_viz/01_timeline_plot.ipynb #3dfdab80

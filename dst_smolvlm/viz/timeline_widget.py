@@ -17,7 +17,8 @@ from PIL import Image
 from ..core.config import InputError
 from ..core.states import STATE_NAMES
 from ..data.schema import VideoRecord
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Trace
 from .state_strip import SPEAK, STATE_COLORS, UPDATE, WRONG
 from .timeline_plot import timeline_figure
 
