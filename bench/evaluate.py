@@ -19,7 +19,9 @@ from dst_smolvlm.core.config import atomic_write, environment
 from dst_smolvlm.data.schema import Step, Turn, VideoRecord
 from dst_smolvlm.evaluation import comparison as compare
 from dst_smolvlm.metrics import bootstrap, scores as metrics, text as language_metrics
-from dst_smolvlm.streaming.trace import TraceFrame, Traces, read_trace, reference_speech, trace_from_states, write_trace
+from dst_smolvlm.streaming.reference_traces import reference_speech, trace_from_states
+from dst_smolvlm.streaming.trace import TraceFrame, Traces
+from dst_smolvlm.streaming.trace_writer import read_trace, write_trace
 
 WEIGHTS = dict(speaking_f1=1, update_f1=1, joint_goal_accuracy=1, response_names_step=1)
 VERBS = 'open close tighten loosen place remove attach turn push check'.split()

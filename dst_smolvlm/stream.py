@@ -21,7 +21,8 @@ from .streaming.runner import StreamRunner
 from dst_smolvlm.streaming.session import (
     RealTimeClock, backbone_dtype, is_live, load_thresholds, pick_device, prepare, read_steps, record_of, runner_options, stream_frames,
     trace_header)
-from .streaming.trace import Trace, TraceFrame, TraceWriter, read_trace
+from .streaming.trace import Trace, TraceFrame
+from .streaming.trace_writer import TraceWriter, read_trace
 from .viz.live_view import Screen
 from .viz.timeline_plot import timeline_figure
 from .viz.video_output import VideoWriter, open_window, source_address

@@ -13,7 +13,7 @@ from dst_smolvlm.evaluation.scoring import entries_of, make_language, score_entr
 from dst_smolvlm.evaluation.stream_split import Streamed, stream_scenes
 from dst_smolvlm.evaluation.variants import variants_of
 from dst_smolvlm.model.modeling import build_tiny, save_model
-from dst_smolvlm.streaming.trace import oracle_trace
+from dst_smolvlm.streaming.reference_traces import oracle_trace
 from dst_smolvlm.world.scenes import load_scenes
 from dst_smolvlm.world.toy_world import Scene, render_frame
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 import processes
 from dst_smolvlm import evaluate, train
 from dst_smolvlm.model import modeling
-from dst_smolvlm.streaming.trace import read_trace
+from dst_smolvlm.streaming.trace_writer import read_trace
 
 # Two steps an epoch: the third is in the middle of the second epoch, where a resumed run has to find its place again. The rate rises.
 FIVE_STEPS = [*processes.SMALL, 'data.train_videos=4', '++train.max_steps=5', '++train.lr_scheduler_type=constant_with_warmup',

@@ -14,7 +14,7 @@ from dst_smolvlm.evaluation.baselines import stream_oracle
 from dst_smolvlm.evaluation.comparison import score_all, tally
 from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
-from dst_smolvlm.streaming.trace import read_trace, write_trace
+from dst_smolvlm.streaming.trace_writer import read_trace, write_trace
 from dst_smolvlm.world.replay import replay
 from dst_smolvlm.world.scenes import load_scenes
 from dst_smolvlm.world.toy_world import make_scene

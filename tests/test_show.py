@@ -7,13 +7,16 @@ from processes import start
 
 import dst_smolvlm.data.container as containers
 import dst_smolvlm.data.decoding as decoding
-import dst_smolvlm.viz.live_view as screens
+import dst_smolvlm.viz.canvas as canvas
+import dst_smolvlm.viz.live_view as live_view
+import dst_smolvlm.viz.state_strip as state_strip
 import dst_smolvlm.viz.video_output as show
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.frames import iter_frames, prefetch, read_frames, video_length
-from dst_smolvlm.streaming.trace import example_trace
-from dst_smolvlm.viz.live_view import LaneStrip, Screen, fit_image
-from dst_smolvlm.viz.timeline_plot import SPEAK, STATE_COLORS
+from dst_smolvlm.streaming.reference_traces import example_trace
+from dst_smolvlm.viz.canvas import fit_image
+from dst_smolvlm.viz.live_view import Screen
+from dst_smolvlm.viz.state_strip import SPEAK, STATE_COLORS, LaneStrip
 from dst_smolvlm.viz.video_output import VideoWriter, open_window, replay, source_address
 
 HALF = dict(speak=.5, update=.5)
@@ -96,12 +99,12 @@ def test_any_text(text):
     for i in range(3):
         picture = screen.draw(GREY, [i]*30, i/2, 1 - i/2, HALF, [('user', text), ('assistant', text), (text, text)], i, text)
     assert picture.shape == (720, 1280, 3)
-    plain = screens._plain(text)
+    plain = canvas.plain_line(text)
     assert len(plain) <= 500 and (plain.isprintable())
     for width in (20, 300):
         for lines in (1, 3):
-            wrapped = screens._wrap(plain, screens._font(16), width, lines)
-            assert len(wrapped) <= lines and all(len(line) <= 2 or screens._font(16).getlength(line) <= width for line in wrapped)
+            wrapped = canvas.wrap_text(plain, canvas._font(16), width, lines)
+            assert len(wrapped) <= lines and all(len(line) <= 2 or canvas._font(16).getlength(line) <= width for line in wrapped)
             rest = ''.join(wrapped).replace(' ', '').removesuffix('…')
             assert plain.replace(' ', '').startswith(rest)                     # in order, and nothing made up
 
@@ -159,7 +162,7 @@ def test_words_stay_and_go():
     assert ink(8, [('assistant', 'word '*60)]) == ink(30) > 0 == ink(34)       # a long one is kept for longer
     assert ink(200) == 0
     many = [('user', f'{k} '*9) for k in range(50)]
-    assert ink(300, many) > 0 and len(screen.words.said) <= 4 and screen.words.shown[0][2] == [screens._plain(many[-1][1])]
+    assert ink(300, many) > 0 and len(screen.words.said) <= 4 and screen.words.shown[0][2] == [canvas.plain_line(many[-1][1])]
 
 
 def test_a_note_can_be_read():
@@ -188,7 +191,7 @@ def strip_of(S, fps=2., width=160): return LaneStrip(S, fps, np.zeros((90, width
 def painted_at_once(strip):
     "Its pixels, from its cells."
     pixels = np.full_like(strip.pixels, 255)
-    at_once = screens._PALETTE[strip.cells[strip._row, :strip.last + 1]].repeat(strip.column, 1)
+    at_once = state_strip._PALETTE[strip.cells[strip._row, :strip.last + 1]].repeat(strip.column, 1)
     pixels[:, :at_once.shape[1]] = at_once
     return pixels
 
@@ -228,9 +231,9 @@ def test_gaps_in_time_hold_the_state_and_time_does_not_go_back():
 
 @pytest.mark.parametrize('seconds', [0, 37, 3600, 86400, 1e9])
 def test_the_time_axis_has_room_for_its_labels(seconds, monkeypatch):
-    screen, labels, text = Screen(['a']), [], screens._Canvas.text
+    screen, labels, text = Screen(['a']), [], canvas.Canvas.text
     def noted(self, at, what, *rest, **style): labels.append((at, what)); text(self, at, what, *rest, **style)
-    monkeypatch.setattr(screens._Canvas, 'text', noted)
+    monkeypatch.setattr(canvas.Canvas, 'text', noted)
     for t in {0, seconds}:
         labels.clear()
         screen.draw(GREY, [0], 0, 0, HALF, (), t)
@@ -473,7 +476,7 @@ def test_no_window(monkeypatch):
 
 
 def test_the_package_does_not_need_tk():
-    assert 'tkinter' not in Path(show.__file__).read_text().split('class Window')[0] + Path(screens.__file__).read_text()
+    assert 'tkinter' not in Path(show.__file__).read_text().split('class Window')[0] + Path(live_view.__file__).read_text()
 
 
 # Cameras. FFmpeg's test source behaves as one: it has no end that it knows of, and is opened by the name of its system.

@@ -11,8 +11,8 @@ from dst_smolvlm.metrics.state_changes import (
     change_counts, change_sequences, count_legal, edit_distance, granular_change_accuracy, hold, segment_overlap, segment_pairs,
     segments, transition_pairs, transition_table)
 from dst_smolvlm.metrics.states import OVERLAPS, TOLERANCES, count_states, relative_slot_counts, score_states
-from dst_smolvlm.streaming.trace import example_record
-from dst_smolvlm.viz.timeline_plot import runs
+from dst_smolvlm.streaming.reference_traces import example_record
+from dst_smolvlm.viz.state_strip import runs
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ import numpy as np, psutil, pytest
 
 import processes
 from dst_smolvlm.core.config import InputError
-from dst_smolvlm.streaming import trace
-from dst_smolvlm.streaming.trace import Trace, TraceFrame, TraceWriter, example_trace, read_trace, write_trace
+from dst_smolvlm.streaming import trace_writer
+from dst_smolvlm.streaming.reference_traces import example_trace
+from dst_smolvlm.streaming.trace import Trace, TraceFrame
+from dst_smolvlm.streaming.trace_writer import TraceWriter, read_trace, write_trace
 
 
 def make_frame(i, S=3, **more):
@@ -307,14 +309,14 @@ def test_a_pipe_is_written_to_at_the_end(tmp_path):
 def stream_for_hours(path):
     "Prints by how many MB the memory grew: while frames are added, while the final file is made, and when it is read."
     grown, used = [], lambda: psutil.Process().memory_info().rss/1e6
-    frame, write = make_frame(0), trace._json
+    frame, write = make_frame(0), trace_writer._json
     def watched(x):                                    # every line goes through here, in both phases
         most[1] += 1
         if most[1] % 100 == 0: most[0] = max(most[0], used())
         return write(x)
     with TraceWriter(path, make_header()) as writer:
         for i in range(20_000):
-            if i == 1000: base, most, trace._json = used(), [0, 0], watched
+            if i == 1000: base, most, trace_writer._json = used(), [0, 0], watched
             writer.add(frame.model_copy(update={'index': i}), [said(i)])
         grown.append(most[0] - base)
         base, most = used(), [0, 0]

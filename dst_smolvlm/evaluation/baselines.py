@@ -15,8 +15,9 @@ from ..core.states import IN_PROGRESS, state_changes
 from ..core.text import fold
 from ..data.schema import VideoRecord
 from ..metrics.scores import named_steps, names_pattern
+from ..streaming.reference_traces import reference_speech, trace_from_states
 from ..streaming.session import stream_record
-from ..streaming.trace import Trace, reference_speech, trace_from_states
+from ..streaming.trace import Trace
 
 # %% ../../nbs/08_evaluation/00_baselines.ipynb #25783339
 def listed_order(states: np.ndarray) -> np.ndarray:

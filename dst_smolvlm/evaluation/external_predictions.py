@@ -18,7 +18,8 @@ import numpy as np
 from ..core.config import InputError
 from ..core.states import STATE_NAMES, frame_of, state_changes
 from ..data.schema import RecordError, VideoRecord, decode_text, parse_json
-from ..streaming.trace import Trace, Traces, trace_from_states
+from ..streaming.reference_traces import trace_from_states
+from ..streaming.trace import Trace, Traces
 
 # %% ../../nbs/08_evaluation/04_external_predictions.ipynb #432cc3b1
 HOLDS = 'text', 'states', 'speak_prob', 'update_prob'

@@ -22,7 +22,8 @@ from ..metrics.bootstrap import resample
 from ..metrics.scores import Language
 from ..metrics.text import Idf, load_encoder, words
 from ..metrics.text_proassist import ptb_tokens
-from ..streaming.trace import Traces, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Traces
 
 # %% ../../nbs/08_evaluation/11_scoring.ipynb #3e13dd2e
 def make_language(cfg, records) -> Language:

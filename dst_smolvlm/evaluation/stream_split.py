@@ -28,7 +28,8 @@ from .variants import Variant, controlled, suited
 from ..model.modeling import checkpoint_hash, load_pretrained
 from ..streaming.context_strategies import make_strategy
 from ..streaming.session import RealTimeClock, backbone_dtype, pick_device, prepare, runner_options, stream_record
-from ..streaming.trace import Traces, read_trace, write_trace
+from ..streaming.trace import Traces
+from ..streaming.trace_writer import read_trace, write_trace
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #b5bbdae1
 ROOMS = 'core', 'data', 'world', 'model', 'streaming'       # the packages that decide what a stream looks like

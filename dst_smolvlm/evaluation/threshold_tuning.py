@@ -19,8 +19,9 @@ from .stream_split import stream_scenes, whole
 from ..metrics.matching import count_matches
 from ..metrics.scores import check_pairs
 from ..metrics.thresholds import trace_probabilities
+from ..streaming.reference_traces import reference_speech
 from ..streaming.session import given_thresholds
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.trace import Trace
 
 # %% ../../nbs/08_evaluation/03_threshold_tuning.ipynb #39f6fb35
 THRESHOLD_GRID = np.concatenate([[.001, .002, .005, .01, .02], np.arange(.05, 1., .05), [.98, .99, .995, .999]])

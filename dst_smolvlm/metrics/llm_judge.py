@@ -17,7 +17,8 @@ from ..core.config import InputError
 from ..core.states import STATE_NAMES
 from ..core.text import printable_line
 from ..data.schema import VideoRecord
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Trace
 
 # %% ../../nbs/07_metrics/06_llm_judge.ipynb #d7610843
 class JudgeCase(NamedTuple):

@@ -27,7 +27,8 @@ from .states import count_states, score_states
 from .text import count_language, score_language
 from .text_proassist import score_proassist
 from .timing import count_timeliness, ready_spoken, score_timeliness
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Trace
 
 # %% ../../nbs/07_metrics/09_scores.ipynb #2b6840dd
 def _key(name: str) -> str: return one_line(fold(name)).strip(' .')

@@ -19,7 +19,8 @@ from ..core.config import InputError
 from ..core.states import state_changes
 from ..data.schema import VideoRecord
 from .matching import count_matches, ratio
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Trace
 
 # %% ../../nbs/07_metrics/07_thresholds.ipynb #8662fec4
 def trace_probabilities(

@@ -17,7 +17,8 @@ import numpy as np
 from ..core.states import frame_of, frames_within
 from ..data.schema import VideoRecord
 from .matching import ratio, word_similarity
-from ..streaming.trace import Trace, reference_speech
+from ..streaming.reference_traces import reference_speech
+from ..streaming.trace import Trace
 
 # %% ../../nbs/07_metrics/03_timing.ipynb #1bcdf24c
 def timing_samples(trace: Trace) -> dict[str, np.ndarray]:
