@@ -253,7 +253,7 @@ def first_difference(trace: Trace, speak: float|None=None, update: float|None=No
     return min(found)[::-1] if found else None
 
 def needs_restream(trace: Trace, speak: float|None=None, update: float|None=None) -> str:
-    "Why the video must be streamed again to know what these thresholds would give; empty (false) if the trace is exactly that."
+    "For users of traces: why a video must be streamed again to know what these thresholds give; empty if the trace is exactly that."
     if not (first := first_difference(trace, speak, update)): return ''
     head, i = first
     return f'{trace.video_uid}: at frame {i} the decision to {head} may differ, and with it what the model is told from there on'
