@@ -31,7 +31,8 @@ def rename_steps(text: str, step_names: list[str], true: np.ndarray, predicted: 
         step = min(named_steps(match[0], step_names))
         k = np.flatnonzero(predicted == true[step])[-1 if true[step] == 2 else 0]
         name, first = step_names[k].strip(' .'), text[begin]
-        other = text[begin:after] if k == step or not name else (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
+        other = text[begin:after]
+        if k != step and name: other = (name[0].upper() if first.isupper() else name[0].lower()) + name[1:]
         out, end = out + text[end:begin] + other, after
     return out + text[end:]
 

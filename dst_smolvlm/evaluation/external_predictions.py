@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOLDS', 'UNPACKED', 'Line', 'read_line', 'read_states', 'read_field', 'read_content', 'read_entries', 'keep',
-           'told_at', 'collect', 'lacking', 'as_trace', 'read_predictions']
+           'value_at', 'collect', 'lacking', 'as_trace', 'read_predictions']
 
 # %% ../../nbs/08_evaluation/04_external_predictions.ipynb #8d8e9fcc
 import gzip, io, math, re, zlib
@@ -108,18 +108,19 @@ def read_entries(path:Path) -> tuple[str, dict[int, Any]]:
     return 'line', {n: _value(line, path, f'line {n}') for n, line in lines.items()}
 
 # %% ../../nbs/08_evaluation/04_external_predictions.ipynb #3ed727ce
-def keep(told:dict, line:Line, n:int, kind:str) -> int|None:
-    "Put what line `n` holds of a kind into `told`, frame → slot → (time, line, value); → the line that had said it before, if any."
-    here, value = told.setdefault(line.frame, {}), line.held[kind]
+def keep(found:dict, line:Line, n:int, kind:str) -> int|None:
+    "Put what line `n` holds of a kind into `found`, frame → slot → (time, line, value); → the line that had said it before, if any."
+    here, value = found.setdefault(line.frame, {}), line.held[kind]
     for slot, v in value.items() if kind == 'states' else [(line.time if kind == 'text' else None, value)]:
         time, before, _ = here.get(slot, (-1., 0, None))
         if before and (kind != 'states' or time == line.time): return before
         if line.time > time: here[slot] = line.time, n, v
 
-def told_at(kind:str, slots:dict):
-    "What is told at a frame."
+def value_at(kind:str, slots:dict):
+    "What stands at a frame."
     values = {slot: v for slot, (_, _, v) in sorted(slots.items(), key=lambda item: item[1][:2])}
-    return values if kind == 'states' else ' '.join(values.values()) if kind == 'text' else values[None]
+    if kind == 'states': return values
+    return ' '.join(values.values()) if kind == 'text' else values[None]
 
 def collect(path:Path, records:list[VideoRecord]) -> tuple[dict, list[RecordError]]:
     "What a file holds, (record's `uid`, kind) → frame → slots, and what was left out; raises `InputError` if nothing is left."
@@ -129,7 +130,9 @@ def collect(path:Path, records:list[VideoRecord]) -> tuple[dict, list[RecordErro
         try:
             if isinstance(said, RecordError): raise said
             line, wrong = read_line(said, (path, f'{unit} {n}'), by_name)
-        except RecordError as e: problems.append(e); continue
+        except RecordError as e:
+            problems.append(e)
+            continue
         problems += wrong
         for kind in line.held:
             if (first := keep(found[line.record.uid, kind], line, n, kind)) is None: continue
@@ -140,8 +143,9 @@ def collect(path:Path, records:list[VideoRecord]) -> tuple[dict, list[RecordErro
 
 # %% ../../nbs/08_evaluation/04_external_predictions.ipynb #240bedd2
 def lacking(kinds:set[str]) -> list[str]:
-    "What a system is without, of which a file holds these kinds; who is without 'speech' is without 'words' too."
-    speech = [] if 'text' in kinds else ['words'] if 'speak_prob' in kinds else ['speech']
+    "What a system is without, of which a file holds these kinds; one without 'speech' is without 'words' too."
+    speech = []
+    if 'text' not in kinds: speech = ['words'] if 'speak_prob' in kinds else ['speech']
     return speech + ['updates']*(not kinds & {'states', 'update_prob'}) + ['states']*('states' not in kinds)
 
 def as_trace(record:VideoRecord, held:dict[str, dict], name:str, without=()) -> Trace:
@@ -164,6 +168,6 @@ def read_predictions(path, records:list[VideoRecord], name:str='') -> tuple[Trac
     path = Path(path)
     found, problems = collect(path, records)
     without = lacking({kind for _, kind in found})
-    told = lambda uid, kind: {i: told_at(kind, slots) for i, slots in sorted(found.get((uid, kind), {}).items())}
+    told = lambda uid, kind: {i: value_at(kind, slots) for i, slots in sorted(found.get((uid, kind), {}).items())}
     held = {r.uid: {kind: told(r.uid, kind) for kind in HOLDS} for r in records}
     return Traces(tuple(partial(as_trace, r, held[r.uid], name or path.stem, without) for r in records)), problems

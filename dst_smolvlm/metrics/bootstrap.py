@@ -58,7 +58,9 @@ def exact_interval(
 ) -> tuple[float, float]:
     "The interval of Clopper and Pearson for a share of `n` trials."
     k, tail = share*n, (1 - level)/2
-    return float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0., float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.
+    low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.
+    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.
+    return low, high
 
 def is_point(ends: tuple[float, float]|None) -> bool:
     "Whether an interval has no width."
@@ -135,6 +137,8 @@ def compare(
         e = _estimate(value, A[name] - B[name], len(a), level, None if name in unbounded else -1., judged)
         low, high = e.bound or ((None, None) if e.low is None or is_point(e[1:3]) else e[1:3])      # a point shows nothing
         chance = np.nanmean(np.abs(swapped[name]) >= abs(value) - 1e-12)                            # as large if the names meant nothing
-        sign = 0 if low is None or low <= 0 <= high or chance > 1 - level else -1 if (low < 0) != (name in lower_is_better) else 1
-        out[name] = Difference(*e[:3], {1: 'better', -1: 'worse', 0: 'no difference shown'}[sign], e.why, e.bound)
+        verdict = 'no difference shown'
+        if not (low is None or low <= 0 <= high or chance > 1 - level):
+            verdict = 'worse' if (low < 0) != (name in lower_is_better) else 'better'
+        out[name] = Difference(*e[:3], verdict, e.why, e.bound)
     return out

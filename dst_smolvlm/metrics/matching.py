@@ -65,7 +65,9 @@ def count_matches(
     matched = k = 0
     for event in ref:
         k = bisect_left(pred, event - tolerance, k)
-        if k < len(pred) and pred[k] <= event + tolerance: matched += 1; k += 1
+        if k < len(pred) and pred[k] <= event + tolerance:
+            matched += 1
+            k += 1
     return matched
 
 # %% ../../nbs/07_metrics/00_matching.ipynb #d3385485
@@ -83,7 +85,8 @@ def word_similarity(a: str, b: str) -> float:
     "Cosine between the word counts of two texts: 1 for the same words, 0 for no word in common or no words at all."
     a, b = Counter(a.lower().split()), Counter(b.lower().split())
     norm = (sum(n*n for n in a.values())*sum(n*n for n in b.values()))**.5
-    return (1. if a == b else sum(n*b[w] for w, n in a.items())/norm) if norm else 0.
+    if not norm: return 0.
+    return 1. if a == b else sum(n*b[w] for w, n in a.items())/norm
 
 # %% ../../nbs/07_metrics/00_matching.ipynb #88617f34
 def pairing_cost(

@@ -125,7 +125,7 @@ def duplicates(
     user: list[int],                    # frames at which the user spoke
     fps: float, repeat_s: float=10., tolerance_s: float=1.
 ) -> list[int]:                         # frames of the duplicates
-    "Replies that repeat what was just said, though nobody asked and the reference does not repeat it there."
+    "Replies that repeat what was just said, though the user did not ask and the reference does not repeat it there."
     left = [(j, normalised_words(text)) for j, text in sorted(reference.items())]
     last, found = {}, []
     for i, text in spoken:
