@@ -1,4 +1,4 @@
-"""The evaluation command as a whole: shared among processes, deaf to the test split's truth, fed with what other systems wrote."""
+"""The evaluation command as a whole: shared among processes, deaf to the test split's ground truth, fed with what other systems wrote."""
 import json, re, weakref
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_too_few_processes_are_refused(checkpoint, tmp_path):
 
 
 class Spoiled:
-    "A scene whose truth is another."
+    "A scene whose ground truth is another."
     def __init__(self, scene): self.scene = scene
     def __getattr__(self, name): return getattr(self.scene, name)
     @property
@@ -80,7 +80,7 @@ class Spoiled:
 
 
 def test_the_truth_of_the_test_split_reaches_nothing_but_the_scores(checkpoint, tmp_path, monkeypatch):
-    "With another truth for the test videos: the same thresholds, the same decisions, the same words; other scores."
+    "With another ground truth for the test videos: the same thresholds, the same decisions, the same words; other scores."
     argv, load = [*COMMON, f'eval.checkpoint={checkpoint}'], evaluate.load_scenes
     evaluate.main([*argv, f'output_dir={tmp_path/"honest"}'])
     spoil = lambda cfg, split: [Spoiled(s) for s in load(cfg, split)] if split == 'test' else load(cfg, split)
@@ -208,12 +208,12 @@ def test_no_weights_is_no_combined_score(checkpoint, tmp_path):
 
 
 def test_an_oracle_strategy_is_called_one_beside_the_data(checkpoint, tmp_path):
-    "A row that is told the truth from a file is named where the report says what reached the streams."
+    "A row that reads the ground truth from a file is named where the report says what reached the streams."
     records = [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(3)]
     (tmp_path/'truth.jsonl').write_text('\n'.join(r.to_json() for r in records))
     options = f'{{name: summarize_with_dst, max_seq_len: 420, reserved_seq_len: 64, dst_file: {tmp_path/"truth.jsonl"}}}'
     told = f'eval.strategies={{told: {options}}}'
     evaluate.main([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}', told, 'eval.controls=0'])
     page = (tmp_path/'out'/'report.html').read_text()
-    assert 'At every cut told was told the TRUE state' in page and 'Nothing else of a record reached it' not in page
+    assert 'At every cut told read the GROUND TRUTH state' in page and 'Nothing else of a record reached it' not in page
     assert scores(tmp_path/'out')['meta']['told_truth'] == ['told']

@@ -36,7 +36,7 @@ class Tally:
     counts: Counter
     heads: dict
     times: dict
-    pairs: list = field(default_factory=list)    # what was said and should have been said, of the pairs whose words ProAssist compares
+    pairs: list = field(default_factory=list)    # (reply, reference) of the pairs whose words ProAssist compares
 
 def tally(trace:Trace, record:VideoRecord, tolerance_s:float=1., window=None, language:Language|None=None) -> Tally:
     "Everything that is scored of one trace; options of `count_trace`."

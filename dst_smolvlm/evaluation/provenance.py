@@ -58,7 +58,7 @@ def describe_stream(cfg, checkpoint, variants, thresholds:dict, tuned_f1:dict, s
     trained = checkpoint and Path(checkpoint).parent/'config.yaml'
     plain = {k: OmegaConf.to_container(cfg.eval)[k] for k in ('state_tracker', 'cooldown_s', 'max_reply_tokens', 'int8_vision')}
     told_truth = [v.name for v in variants if given_ground_truth(v.strategy or cfg.context_strategy)]
-    return dict(checkpoint=str(checkpoint) if checkpoint else None, clock=cfg.eval.clock or 'the video waits',
+    return dict(checkpoint=str(checkpoint) if checkpoint else None, clock=cfg.eval.clock or 'offline',
                 training_seed=OmegaConf.load(trained).train.seed if trained and trained.is_file() else None,
                 strategy=cfg.context_strategy.name + given_ground_truth(cfg.context_strategy),
                 context_strategy=OmegaConf.to_container(cfg.context_strategy),

@@ -147,9 +147,10 @@ def made_html(meta) -> str:
     plain = {k: v for k, v in meta.items() if not isinstance(v, (dict, list)) and v not in (None, '')}
     facts = ''.join(f"<dt>{html.escape(k.replace('_', ' '))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in plain.items())
     rest = html.escape(json.dumps({k: v for k, v in meta.items() if k not in plain}, indent=1))
-    told = ', '.join(map(row_name, meta.get('told_truth') or ()))
-    given = (f'At every cut {told} was told the TRUE state, from a file (dst_file): an oracle. Nothing else of a record reached others.'
-             if told else 'Nothing else of a record reached it.')
+    oracles = ', '.join(map(row_name, meta.get('told_truth') or ()))
+    given = (f'At every cut {oracles} read the GROUND TRUTH state from a file (dst_file): an oracle. '
+             'Nothing else of a record reached others.'
+             if oracles else 'Nothing else of a record reached it.')
     return ('<h2>How this was made</h2><p>What a stream was given: the frames one by one, the goal, the knowledge text, the names of the '
             f'steps, and the user’s words when they were said. {given}</p><dl>{facts}</dl><pre>{rest}</pre>')
 

@@ -17,9 +17,10 @@ SUMMARY = dict(score='score', speaking_f1='speaking F1', update_f1='update F1', 
 TABLES = (
     ('Speaking', 'When it spoke. <i>Ready</i> is by the real-time clock: each reply counts at the moment at which it was out (rows without '
                  'times answer at once). PAUC is the area under the best answer so far, from the event on: timeliness × correctness, '
-                 'honest and as if no time had passed. <i>AP</i> is the area under precision over recall, at up to 200 thresholds.',
+                 'by the real-time clock and by the offline one. <i>AP</i> is the area under precision over recall, at up to '
+                 '200 thresholds.',
      dict(speaking_precision='precision', speaking_recall='recall', speaking_f1='F1', speaking_ap='AP', ready_f1='ready F1', pauc='PAUC',
-          pauc_ideal='PAUC (ideal)', duplicate_rate='duplicates')),
+          pauc_ideal='PAUC (offline)', duplicate_rate='duplicates')),
     ('Replies, matched by words and time', "ProAssist's measures: replies and reference turns are matched at minimal cost within {window} "
                  '(reference minus prediction); a pair is correct above a similarity of .5 ({encoder}). The similarity is lenient: two '
                  'sentences that differ in one colour are alike to it. <i>Names the step</i>, above, is not.',

@@ -31,7 +31,7 @@ def make_folder(path):
     except OSError as e: raise InputError(f'output_dir={path}: nothing can be written there ({e.strerror})') from None
 
 def claim_folder(cfg):
-    "Make the output folder and mark it as one of evaluations; raises `InputError` where somebody else's files have the names of ours."
+    "Make the output folder and mark it as one of evaluations; raises `InputError` where other files have the names of its own."
     out, mark = Path(cfg.output_dir), Path(cfg.output_dir)/'evaluation'/'config.yaml'
     foreign = [name for name in RESULTS if (out/name).is_file()]
     if foreign and not mark.exists():

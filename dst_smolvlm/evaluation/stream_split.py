@@ -63,8 +63,8 @@ class Job:
     def fingerprint(self) -> str:
         eval_cfg = self.cfg.eval
         strategy = self.variant.strategy or OmegaConf.to_container(self.cfg.context_strategy)
-        truth = strategy.get('dst_file') and hash_file(strategy['dst_file'])
-        options = strategy, truth, OmegaConf.to_container(OmegaConf.create(dict(filter=eval_cfg.state_tracker)))
+        dst_hash = strategy.get('dst_file') and hash_file(strategy['dst_file'])
+        options = strategy, dst_hash, OmegaConf.to_container(OmegaConf.create(dict(filter=eval_cfg.state_tracker)))
         others = [eval_cfg[key] for key in ('max_reply_tokens', 'cooldown_s', 'clock', 'int8_vision', 'dtype')]
         variant = self.variant.name, self.variant.use_tracker, self.variant.control
         parts = [self.weights, CODE, variant, self.thresholds, *options, *others,
@@ -83,7 +83,7 @@ def strategy_of(job:Job, model, layout):
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #23b85eba
 def reset_peak(device):
-    "Begin to measure peak memory anew, where the system can; elsewhere the peak is that since the process began."
+    "Begin to measure peak memory anew, where the system can; if it cannot, the peak is that since the process began."
     if device.type == 'cuda': return torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
 

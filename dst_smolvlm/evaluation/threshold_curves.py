@@ -25,14 +25,14 @@ def threshold_figures(tallies, tolerance_s:float) -> list[tuple]:
                         f'{name.capitalize()} decision: how often there is an event at this very frame, by probability.'))
     return figures
 
-def threshold_notes(tallies:list, thresholds:dict, tuned_f1:dict, tolerance_s:float, filtered:bool) -> list[str]:
-    "What the sweeps of the model say, as paragraphs; `filtered`: its states were settled by the state tracker."
+def threshold_notes(tallies:list, thresholds:dict, tuned_f1:dict, tolerance_s:float, use_tracker:bool) -> list[str]:
+    "What the sweeps of the model say, as paragraphs; `use_tracker`: its states were settled by the state tracker."
     notes = [f"<p class='note'>{RESTREAM_NOTE}</p>"]
     for head, name in (('speak', 'Speaking'), ('update', 'Update')):
         best, used = best_threshold(curves(tallies, head, tolerance_s)), thresholds[head]
         if best is None: continue
         there = f', with F1 {tuned_f1[head]:.3f} on the validation videos' if tuned_f1.get(head) is not None else ''
-        differ = 0 if head == 'update' and filtered else count_differing([t.heads[head][0] for t in tallies], used, best.threshold)
+        differ = 0 if head == 'update' and use_tracker else count_differing([t.heads[head][0] for t in tallies], used, best.threshold)
         again = f'In {differ} of {len(tallies)} streams decisions would differ: to know, one would have to stream these again.'
         notes.append(f'<p>{name}: used {used:g}{there}. On these videos F1 would have been best at {best.threshold:.3g} ({best.f1:.3f}), '
                      f'and stays within .01 of that from {best.low:.3g} to {best.high:.3g}. This is hindsight, and not used. '

@@ -31,7 +31,9 @@ def not_at_once(fired:np.ndarray, heard, quiet_frames:float) -> np.ndarray:
     "Of the frames at which head 1 would speak, those at which it may: after a reply it is quiet, but for an answer to the user."
     spoken, last = [], -math.inf
     for i in fired.tolist():
-        if i - last > quiet_frames or i in heard: spoken.append(i); last = i
+        if i - last > quiet_frames or i in heard:
+            spoken.append(i)
+            last = i
     return np.array(spoken, dtype=int)
 
 def fired_at(probs:np.ndarray, theta:float, record:VideoRecord, head:str, cooldown_s:float=0., fps:float|None=None) -> list[int]:

@@ -47,7 +47,7 @@ def permute_names(record:VideoRecord, seed:int=0) -> VideoRecord:
     return record.model_copy(update={'steps': [s.model_copy(update={'name': name}) for s, name in zip(record.steps, names)]})
 
 def controlled(variant:Variant, scene) -> tuple[VideoRecord, Iterator[np.ndarray]]:
-    "The record and the frames [H, W, 3], one at a time, that a variant streams: the scene's own, or spoiled ones."
+    "The record and the frames [H, W, 3], one at a time, that a variant streams: the scene's own, or changed ones."
     record, frames = scene.record, scene.iter_frames()
     if variant.control == 'grey': frames = (np.full_like(frame, 127) for frame in frames)
     if variant.control == 'permuted': record = permute_names(record)
@@ -77,8 +77,8 @@ def other_strategy(name:str, given, main) -> dict:
 
 # %% ../../nbs/08_evaluation/01_variants.ipynb #21b9c8f7
 def given_ground_truth(strategy) -> str:
-    "A word of warning for a strategy that is told the true states by a file; empty for all others."
-    return ', an ORACLE: told the true state at every cut (dst_file)' if strategy.get('dst_file') else ''
+    "A warning for a strategy that reads the ground-truth states from a file; empty for all others."
+    return ', an ORACLE: given the ground-truth state at every cut (dst_file)' if strategy.get('dst_file') else ''
 
 def check_texts(cfg):
     "Raises `InputError` unless the names of rows are texts; 1 and true are none."

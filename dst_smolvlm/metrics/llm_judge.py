@@ -24,7 +24,7 @@ from ..streaming.trace import Trace
 class JudgeCase(NamedTuple):
     "A reply that is to be judged, and what one must know to judge it."
     candidate: str          # what was said
-    reference: str          # what should have been said
+    reference: str          # the turn of the reference
     goal: str
     step_names: list[str]   # [S]
     state: list[int]        # [S] true states when the reply was due

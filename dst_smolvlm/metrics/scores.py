@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'EVENTS', 'WHY_UNDEFINED', 'WORDS', 'names_pattern', 'named_steps', 'response_names_step', 'Language',
-           'match_replies', 'matched_texts', 'count_speech', 'count_belief', 'decided_updates', 'count_trace', 'about',
-           'score_counts', 'check_pairs', 'add_counts', 'score_traces']
+           'match_replies', 'matched_texts', 'count_speech', 'count_state_tracking', 'decided_updates', 'count_trace',
+           'about', 'score_counts', 'check_pairs', 'add_counts', 'score_traces']
 
 # %% ../../nbs/07_metrics/09_scores.ipynb #58a64460
 import re
@@ -49,7 +49,7 @@ def named_steps(text: str, step_names: list[str]) -> set[int]:
 # %% ../../nbs/07_metrics/09_scores.ipynb #4799696c
 def response_names_step(
     spoken: list[tuple[int, str]],            # (frame, text) of the replies
-    reference_turns: list[tuple[int, str]],   # (frame, text) of what should have been said
+    reference_turns: list[tuple[int, str]],   # (frame, text) of the reference
     step_names: list[str],
     tolerance_frames: int
 ) -> tuple[int, int]:                         # (right, total)
@@ -69,12 +69,12 @@ class Language(NamedTuple):
 def match_replies(trace: Trace, record: VideoRecord, window=None, language: Language|None=None) -> Matching:
     "The replies of one video beside the turns of the reference, paired by words and time; `window` as of `count_trace`."
     T = record.num_frames(trace.fps)
-    said = {i: text for i, text in trace.spoken if i < T}                         # what comes after the record's end has no truth
+    said = {i: text for i, text in trace.spoken if i < T}                         # after the record's end there is no reference
     return match_predictions(said, reference_speech(record, trace.fps), T, window or window_of(record.dataset), trace.fps,
                              (language or Language()).similarity)
 
 def matched_texts(trace: Trace, record: VideoRecord, matching: Matching, above: float=-np.inf) -> list[tuple[str, str]]:
-    "What was said and what should have been said, of the pairs with a similarity above."
+    "Reply and reference of the pairs with a similarity above."
     said, ref = dict(trace.spoken), reference_speech(record, trace.fps)
     return [(said[p.pred], ref[p.ref]) for p in matching.pairs if p.similarity > above]
 
@@ -97,7 +97,7 @@ def count_speech(trace: Trace, record: VideoRecord, tolerance_frames: int, match
 def _prf_counts(name: str, prf: PRF) -> dict: return {f'{name}_{k}': getattr(prf, k) for k in ('tp', 'fp', 'fn')}
 
 # %% ../../nbs/07_metrics/09_scores.ipynb #ee27e418
-def count_belief(trace: Trace, true: np.ndarray, tolerance_frames: int) -> Counter:
+def count_state_tracking(trace: Trace, true: np.ndarray, tolerance_frames: int) -> Counter:
     "What there is to count of the states of one video, whose true states are [T, S]."
     pred = np.full_like(true, -1)                                                  # -1: never right
     pred[:len(trace.frames)] = trace.states
@@ -119,13 +119,13 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window
     if len(trace.steps) != true.shape[1]:
         raise InputError(f'{trace.video_uid}: the trace has {len(trace.steps)} steps and the record {true.shape[1]}; stream it again')
     if trace.meta.get('partial'): raise InputError(f'{trace.video_uid}: the trace is a part, its stream did not end; stream it again')
-    if len(trace.frames) > len(true): trace = trace.model_copy(update=dict(frames=trace.frames[:len(true)]))      # the rest has no truth
+    if len(trace.frames) > len(true): trace = trace.model_copy(update=dict(frames=trace.frames[:len(true)]))      # no reference
     tolerance, without = frames_within(tolerance_s, trace.fps), trace.meta.get('without', ())
     counts = Counter(frames=len(true), frames_lacking=len(true) - len(trace.frames), videos=1)
     if language and language.idf is not None: counts.update(text_pairs=0)         # scores of words are asked for, and there may be none
     if 'speech' not in without:
         counts.update(count_speech(trace, record, tolerance, matching or match_replies(trace, record, window, language), language))
-    if 'states' not in without: counts.update(count_belief(trace, true, tolerance))
+    if 'states' not in without: counts.update(count_state_tracking(trace, true, tolerance))
     changes = list(state_changes(true))
     if 'updates' not in without: counts.update(_prf_counts('update', event_prf(decided_updates(trace), changes, tolerance)))
     counts.update({f'without_{what}': 1 for what in without})
@@ -134,7 +134,7 @@ def count_trace(trace: Trace, record: VideoRecord, tolerance_s: float=1., window
 # %% ../../nbs/07_metrics/09_scores.ipynb #b52f4d35
 COLUMNS = ('speaking_f1', 'update_f1', 'joint_goal_accuracy', 'slot_accuracy', 'response_names_step')    # where there is room for five
 EVENTS = dict(speaking=('nothing was said', 'nothing was to be said'), ready=('nothing was said', 'nothing was to be said'),
-              update=('no update was decided', 'no state changes'), state_change=('the believed state never changes', 'no state changes'))
+              update=('no update was decided', 'no state changes'), state_change=('the predicted state never changes', 'no state changes'))
 WHY_UNDEFINED = {f'{event}_{measure}': why for event, (no_pred, no_ref) in EVENTS.items() for measure, why in
                  dict(precision=no_pred, recall=no_ref, f1=f'{no_pred}, and {no_ref}').items()} | dict(
     response_names_step='no reference turn names a step', reply_precision='nothing was said', reply_recall='nothing was to be said',

@@ -87,7 +87,7 @@ def ngrams(tokens: list[str]) -> list[Counter]:
     return [Counter(zip(*(tokens[k:] for k in range(n)))) for n in (1, 2, 3, 4)]
 
 class Idf:
-    "How rare n-grams are among `references`: all reference texts of a split, unless somebody says otherwise."
+    "How rare n-grams are among `references`: all reference texts of a split, unless the caller passes others."
     def __init__(self, references: Iterable[str], tokens: Callable[[str], list[str]]=words):
         self.tokens, texts = tokens, [some for ref in references if (some := tokens(ref))]
         self.num_references = len(texts)
@@ -118,7 +118,7 @@ class SentenceEncoder:
         self._name, self._encode, self._dot, self._batch_size, self._source, self._vectors = name, encode, dot, batch_size, source, {}
     @property
     def name(self) -> str: return self._name
-    def __reduce__(self): return _elsewhere, (self._source, self._name, self._vectors)
+    def __reduce__(self): return _restore_encoder, (self._source, self._name, self._vectors)
     def encode_all(self, texts: Iterable[str]) -> None:
         "Encode in batches whatever is new in `texts`."
         new = sorted({t for t in texts if words(t)} - self._vectors.keys(), key=lambda t: (len(t), t))   # little padding
@@ -178,7 +178,7 @@ def _load_sentence_transformer(name: str, folder: Path|None, device: str|None):
 @lru_cache(1)
 def _again(source: tuple) -> SentenceEncoder: return load_encoder(*source)
 
-def _elsewhere(source: tuple, name: str, vectors: dict) -> SentenceEncoder:
+def _restore_encoder(source: tuple, name: str, vectors: dict) -> SentenceEncoder:
     "The encoder in another process."
     if not source: raise TypeError(f'{name}: an encoder that `load_encoder` did not make cannot go to another process')
     encoder = _again(source) if source[0] == 'words' else SentenceEncoder(name, lambda texts: _again(source)._encode(texts), source=source)
@@ -187,7 +187,7 @@ def _elsewhere(source: tuple, name: str, vectors: dict) -> SentenceEncoder:
 
 # %% ../../nbs/07_metrics/04_text.ipynb #599ddf55
 def count_language(
-    pairs: list[tuple[str, str]],                             # (what was said, what should have been said)
+    pairs: list[tuple[str, str]],                             # (reply, reference)
     similarity: Callable[[str, str], float]|None=None,        # of two texts, such as a `SentenceEncoder`; None leaves it out
     idf: Idf|None=None                                        # of all references of the split; None leaves CIDEr out
 ) -> Counter:
@@ -234,11 +234,11 @@ def signatures(encoder: SentenceEncoder|None=None) -> dict[str, str]:
             'semantic_similarity': f'cosine|encoder:{encoder.name if encoder else "none"}'}
 
 def language_scores(
-    pairs: list[tuple[str, str]],               # (what was said, what should have been said)
+    pairs: list[tuple[str, str]],               # (reply, reference)
     references: Iterable[str]|None=None,        # all references of the split, for CIDEr
     encoder: SentenceEncoder|None=None
 ) -> dict:
-    "Scores of one list of pairs, the reasons for what is `undefined`, and the `signatures`."
+    "For users with pairs of texts and no traces: their scores, the reasons for what is `undefined`, and the `signatures`."
     counts = count_language(pairs, encoder, None if references is None else Idf(references))
     scores = score_language(counts)
     return scores | dict(pairs=counts['text_pairs'], empty_references=counts['text_empty_references'],

@@ -52,7 +52,7 @@ def _count_pair(said: list[str], true: list[str]) -> Counter:
 
 def count_proassist(videos: list[list[tuple[str, str]]]) -> list[Counter]:
     """What `score_proassist` needs to know of each video of a row. A video is the pairs above a similarity of .5, each what was said and
-    what should have been said; those whose reference has no tokens are left out."""
+    reference; those whose reference has no tokens are left out."""
     videos = [[pair for pair in pairs if ptb_tokens(pair[1])] for pairs in videos]
     idf, found = Idf((ref for pairs in videos for _, ref in pairs), ptb_tokens), []
     for pairs in videos:

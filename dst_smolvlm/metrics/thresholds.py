@@ -228,9 +228,9 @@ def reliability_figure(rows: dict[str, Bins]) -> Figure:
 # %% ../../nbs/07_metrics/07_thresholds.ipynb #c64c6c53
 RESTREAM_NOTE = (
     'A sweep over stored probabilities is exact for each decision given the feedback that there was, and an approximation of a '
-    'new stream with that threshold, in which the model would have been told other words and states. It is exact (1) as long as '
-    'no decision differs; (2) up to and including the first decision that differs; (3) for every update threshold if the online '
-    'filter settled the state, because head 2 is then only reported. It asks head 1 alone, without the cooldown after a '
+    'new stream with that threshold, in which the model would have read other words and states. It is exact (1) as long as '
+    'no decision differs; (2) up to and including the first decision that differs; (3) for every update threshold if the state '
+    'tracker settled the state, because head 2 is then only reported. It asks head 1 alone, without the cooldown after a '
     'reply. For a final figure, stream again with the chosen threshold.')
 
 # %% ../../nbs/07_metrics/07_thresholds.ipynb #c70f3020
@@ -254,7 +254,7 @@ def first_difference(trace: Trace, speak: float|None=None, update: float|None=No
     return min(found)[::-1] if found else None
 
 def needs_restream(trace: Trace, speak: float|None=None, update: float|None=None) -> str:
-    "Why the video must be streamed again to know what these thresholds would give; empty (false) if the trace is exactly that."
+    "For users of traces: why a video must be streamed again to know what these thresholds give; empty if the trace is exactly that."
     if not (first := first_difference(trace, speak, update)): return ''
     head, i = first
-    return f'{trace.video_uid}: at frame {i} the decision to {head} may differ, and with it what the model is told from there on'
+    return f'{trace.video_uid}: at frame {i} the decision to {head} may differ, and with it what the model reads from there on'

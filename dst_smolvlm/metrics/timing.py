@@ -72,7 +72,7 @@ def score_timing(times: list[Times]) -> dict:
 
 # %% ../../nbs/07_metrics/03_timing.ipynb #33a0f35d
 def decision_times(trace: Trace) -> np.ndarray:
-    "Second of the video at which each frame was decided on [T]: by the stream's clock, or reckoned as if frames had waited."
+    "Second of the video at which each frame was decided on [T]: by the stream's clock, or computed as if frames had queued."
     if any(f.delay_s for f in trace.frames): return np.array([f.time + f.delay_s for f in trace.frames])
     times, free_at = [], 0.
     for f in trace.frames:
@@ -83,7 +83,7 @@ def decision_times(trace: Trace) -> np.ndarray:
 
 def ready_times(
     trace: Trace,
-    first_word: bool=False      # when somebody hears the first word, instead of the last
+    first_word: bool=False      # when the first word is out, instead of the last
 ) -> list[tuple[int, float, str]]:
     "Every reply as (frame at which it was decided, second at which it is ready, text)."
     at, out, heard = decision_times(trace), [], dict(trace.spoken)
@@ -106,10 +106,10 @@ def pauc_areas(
 ) -> list[float]:                          # in [0, 1], of each reference turn
     "The mean over its window of the best reply to each reference turn so far."
     areas = []
-    for (start, truth), (after, _) in zip(reference, [*reference[1:], (np.inf, '')]):
+    for (start, expected), (after, _) in zip(reference, [*reference[1:], (np.inf, '')]):
         width, best, area = min(after - start, window_s), 0., 0.
         for ready, text in sorted(r for r in replies if start <= r[0] < start + width):
-            gain = max(0., min(1., similarity(text, truth)) - best)
+            gain = max(0., min(1., similarity(text, expected)) - best)
             best, area = best + gain, area + gain*(start + width - ready)/width        # from now on it is better by `gain`
         areas.append(min(area, 1.))
     return areas
@@ -122,11 +122,11 @@ def normalised_words(text: str) -> str:
 # %% ../../nbs/07_metrics/03_timing.ipynb #8b908ca9
 def duplicates(
     spoken: list[tuple[int, str]],      # (frame, text), ascending
-    reference: dict[int, str],          # frame → what should have been said
+    reference: dict[int, str],          # frame → reference turn
     user: list[int],                    # frames at which the user spoke
     fps: float, repeat_s: float=10., tolerance_s: float=1.
 ) -> list[int]:                         # frames of the duplicates
-    "Replies that repeat what was just said, though nobody asked and the reference does not repeat it there."
+    "Replies that repeat what was just said, though the user did not ask and the reference does not repeat it there."
     left = [(j, normalised_words(text)) for j, text in sorted(reference.items())]
     last, found = {}, []
     for i, text in spoken:
@@ -149,9 +149,9 @@ def count_timeliness(
     fps, T = trace.fps, record.num_frames(trace.fps)
     reference, user = reference_speech(record, fps), list(reference_speech(record, fps, 'user'))
     spoken, turns = [(i, text) for i, text in trace.spoken if i < T], [(i/fps, text) for i, text in reference.items()]
-    honest = pauc_areas([(s, text) for i, s, text in ready_times(trace) if i < T], turns, similarity, window_s)
+    real_time = pauc_areas([(s, text) for i, s, text in ready_times(trace) if i < T], turns, similarity, window_s)
     ideal = pauc_areas([(i/fps, text) for i, text in spoken], turns, similarity, window_s)
-    return Counter(time_pauc=sum(honest), time_pauc_ideal=sum(ideal), time_turns=len(turns), time_replies=len(spoken),
+    return Counter(time_pauc=sum(real_time), time_pauc_ideal=sum(ideal), time_turns=len(turns), time_replies=len(spoken),
                    time_duplicates=len(duplicates(spoken, reference, user, fps, repeat_s, tolerance_s)))
 
 def score_timeliness(counts: Counter) -> dict[str, float|None]:
