@@ -157,11 +157,15 @@ def compose_config(overrides=()) -> DictConfig:
 def parse_cli(argv, usage:str='') -> DictConfig:
     "Overrides in `argv` → configuration. `--cfg` prints it and leaves with status 0; `--help` prints `usage`."
     argv = list(argv)
-    if '-h' in argv or '--help' in argv: print(usage); raise SystemExit(0)
+    if '-h' in argv or '--help' in argv:
+        print(usage)
+        raise SystemExit(0)
     unknown = [a for a in argv if a.startswith('--') and a != '--cfg']
     if unknown: raise InputError(f'{unknown[0]}: unknown option. Overrides are written key=value; --help shows the usage')
     cfg = compose_config([a for a in argv if a != '--cfg'])
-    if '--cfg' in argv: print(OmegaConf.to_yaml(cfg), end=''); raise SystemExit(0)
+    if '--cfg' in argv:
+        print(OmegaConf.to_yaml(cfg), end='')
+        raise SystemExit(0)
     return cfg
 
 # %% ../../nbs/00_core/00_config.ipynb #854731f7

@@ -160,7 +160,9 @@ def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
     "These packets, and an `InputError` where data are missing; with `skip` that is only so where the file is cut off."
     end, torn = 0, []
     for packet in packets:
-        if torn and packet.size and (skip or packet.is_keyframe): yield from torn; torn = []
+        if torn and packet.size and (skip or packet.is_keyframe):
+            yield from torn
+            torn = []
         if packet.is_corrupt or torn and packet.size:
             torn.append(packet)
             if len(torn) > 3:

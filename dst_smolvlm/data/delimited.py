@@ -67,7 +67,9 @@ def _quoted(lines, at, delimiter, width, complete) -> tuple[list[str], int, str]
 
 def _alike(a: list[str], b: list[str], width: int) -> bool:
     "Are the fields of two lines of one kind, column by column?"
-    def kind(field): return 'number' if _NUMBER.fullmatch(field.strip(' "')) else 'prose' if field[:1] == ' ' else 'word'
+    def kind(field):
+        if _NUMBER.fullmatch(field.strip(' "')): return 'number'
+        return 'prose' if field[:1] == ' ' else 'word'
     return all(kind(x) == kind(y) for x, y, _ in zip(a, b, range(width or len(a))))
 
 _NUMBER = re.compile(r'-?\d+([.,:]\d+)*')          # a clock is one, too

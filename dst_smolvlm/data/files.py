@@ -137,8 +137,12 @@ def json_lines(file: File) -> Iterator[tuple[str, str | RecordError]]:
 def _in_archive(path: Path) -> Iterator[File | RecordError]:
     "The annotation files of an archive, and as a warning what is not read of it."
     try: members = _members(path, Allowance(path.stat().st_size))
-    except FileNotFoundError: yield RecordError(path, 'no such file', kind='no such file'); return
-    except UNREADABLE as e: yield RecordError(path, f'not a readable archive ({e})', kind='not readable'); return
+    except FileNotFoundError:
+        yield RecordError(path, 'no such file', kind='no such file')
+        return
+    except UNREADABLE as e:
+        yield RecordError(path, f'not a readable archive ({e})', kind='not readable')
+        return
     @cache
     def text(name: str) -> str | None:
         found = next((n for n in (name, f'{name}.gz') if members.get(n)), None)
@@ -149,7 +153,9 @@ def _in_archive(path: Path) -> Iterator[File | RecordError]:
         parts = name.split('/')
         if _near(name) and members[name] and not _hidden(parts): near.append(name)
         if _suffix(name) not in SUFFIXES and not is_archive(name): continue
-        if _hidden(parts) or '..' in parts or not parts[0] or members[name] is None or is_archive(name): skipped.append(name); continue
+        if _hidden(parts) or '..' in parts or not parts[0] or members[name] is None or is_archive(name):
+            skipped.append(name)
+            continue
         yield File(f'{path}/{name}', members[name], partial(beside, posixpath.dirname(name)), named=False)
     yield from _not_read(path, skipped, near)
 
@@ -216,7 +222,9 @@ def find_files(path, leave_out=()) -> Iterator[File | RecordError]:
     "The annotation files at `path` but for some paths, in sorted order, and what cannot be read; raises `RecordError` if there are none."
     if not str(path): raise RecordError("''", 'names no file', kind='no such file')
     path, found = Path(path), 0
-    for file in _in_folder(path, leave_out) if path.is_dir() else _in_archive(path) if is_archive(path.name) else [file_at(path)]:
+    if path.is_dir(): files = _in_folder(path, leave_out)
+    else: files = _in_archive(path) if is_archive(path.name) else [file_at(path)]
+    for file in files:
         found += isinstance(file, File) or not file.warning
         yield file
     if not found: raise RecordError(path, f'holds no annotation ({", ".join(SUFFIXES)}, also with .gz)', kind='no records')
@@ -236,7 +244,9 @@ def _below(folder: Path) -> list[Path]:
     "All files below a folder in order, also behind links; each folder once, for a link may lead to one of them again."
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen: folders.clear(); continue
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
         seen.add(os.path.realpath(place))
         folders.sort(key=lambda name: (os.path.islink(Path(place, name)), name))
         found += [Path(place, name) for name in names]

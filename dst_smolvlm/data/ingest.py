@@ -52,7 +52,9 @@ def values_of(file: File) -> Iterator[tuple[str, object]]:
     "(place, value) of everything that a file holds; a `RecordError` stands in for what could not be parsed."
     if file.suffix in ('.jsonl', '.ndjson'):
         for place, line in json_lines(file):
-            if isinstance(line, RecordError): yield place, line; continue
+            if isinstance(line, RecordError):
+                yield place, line
+                continue
             try: yield place, parse_json(line, file.name, place)
             except RecordError as e: yield place, _hint(e, 'a line of .jsonl must be a whole record')
     elif file.suffix in ('.tsv', '.csv', '.txt'): yield '', tabular(read_text(file.open, file.name))
@@ -106,7 +108,9 @@ class Seen:
     def twin(self, record: VideoRecord, video: str, file: str, place: str) -> tuple[str, dict[str, str]] | None:
         "Where the earlier record of this name is, and the fields in which they differ: said in 'both', only 'here' or only 'there'."
         now = [hash(repr(v)) if v else 0 for v in (*(getattr(record, name) for name in self.FIELDS[:-1]), video)]
-        if record.uid not in self.records: self.records[record.uid] = file, place, struct.pack('7q', *now); return None
+        if record.uid not in self.records:
+            self.records[record.uid] = file, place, struct.pack('7q', *now)
+            return None
         file, place, before = self.records[record.uid]
         pairs = zip(self.FIELDS, struct.unpack('7q', before), now)
         differ = {name: 'both' if a and b else 'there' if a else 'here' for name, a, b in pairs if a != b}
@@ -140,9 +144,13 @@ def _unknown(file: File, data) -> RecordError:
 def _entries_of(data, place: str, file: File, source: Source) -> Iterator[Entry]:
     "The entries of one value of a file."
     fmt = find_format(data, FORMATS)
-    if not fmt and companion(data): yield Entry(file.name, companion(data)); return
+    if not fmt and companion(data):
+        yield Entry(file.name, companion(data))
+        return
     if not fmt and place: fmt = Format('native', None, read_native)      # a line of JSONL is meant to be one of ours
-    if not fmt: yield Entry(file.name, 'unknown', problems=[_unknown(file, data)]); return
+    if not fmt:
+        yield Entry(file.name, 'unknown', problems=[_unknown(file, data)])
+        return
     if what := fmt.withheld(data):
         why = f'this split is published without {what}; there is nothing to learn or score in it'
         yield Entry(file.name, fmt.name, problems=[RecordError(file.name, why, place, kind='no labels', warning=True)])

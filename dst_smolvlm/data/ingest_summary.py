@@ -29,7 +29,10 @@ class Summary:
             row['files'] += (entry.format, entry.file) not in self._files
             self._files.add((entry.format, entry.file))
         if not record and any(not p.warning for p in entry.problems): self.lost.add(entry.video_uid or (entry.file, len(self.lost)))
-        if record: row['records'] += 1; row['steps'] += len(record.steps); row['turns'] += len(record.turns)
+        if record:
+            row['records'] += 1
+            row['steps'] += len(record.steps)
+            row['turns'] += len(record.turns)
         for p in entry.problems:
             row['warnings' if p.warning else 'errors'] += 1
             key = ('warning' if p.warning else 'error', p.kind)
@@ -70,7 +73,9 @@ def check(entries: Iterator[Entry], report=None) -> Summary:
         separator = '\n'
         for entry in entries:
             summary.add(entry)
-            for problem in entry.problems: f.write(separator + json.dumps(problem.to_dict())); separator = ',\n'
+            for problem in entry.problems:
+                f.write(separator + json.dumps(problem.to_dict()))
+                separator = ',\n'
         f.write('\n],\n' + json.dumps(summary.to_dict(), indent=1)[2:] + '\n')
     return summary
 

@@ -112,7 +112,9 @@ def join_entries(words: Iterator[Entry], steps: Iterator[Entry], lengths: Mappin
         if entry.problems: yield Entry(entry.file, entry.format, None, entry.problems)
     for entry in words:
         problems = [p for p in entry.problems if p.kind != 'no steps']
-        if not entry.record: yield Entry(entry.file, entry.format, None, problems); continue
+        if not entry.record:
+            yield Entry(entry.file, entry.format, None, problems)
+            continue
         joined = Entry(entry.file, 'joined', None, problems)
         try:
             other = find_steps(entry.record, by_uid)

@@ -149,7 +149,9 @@ def read_turns(conversation: list, source: Source, record: str, at: str = 'conve
     for i, turn in enumerate(conversation):
         if isinstance(turn, dict) and turn.get('role') in skip: continue
         said = validate(SaidTurn, turn, source.file, record, f'{at}[{i}]')
-        if not said.content.strip(): source.warn('no words; left out', record, f'{at}[{i}].content', kind='nothing said'); continue
+        if not said.content.strip():
+            source.warn('no words; left out', record, f'{at}[{i}].content', kind='nothing said')
+            continue
         turns.append(Turn(role=said.role, time=said.time, content=said.content))
         if len(turns) > 1 and turns[-1].time < turns[-2].time:
             source.warn(f'goes back from {turns[-2].time:g} s', record, f'{at}[{i}].time', turns[-1].time, kind='time goes back')

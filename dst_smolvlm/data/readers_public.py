@@ -109,7 +109,9 @@ def tabled_length(source: Source, uid: str, names: tuple[str, ...], key: str, co
     "Seconds of a video by a `column` of the first table of `names` that lies beside the source; by `Source.duration` if it says none."
     for name in names:
         try: text = source.beside(name)
-        except RecordError as e: source.warn(f'cannot be used ({e})', uid, name, kind='no duration'); continue
+        except RecordError as e:
+            source.warn(f'cannot be used ({e})', uid, name, kind='no duration')
+            continue
         if text is None: continue
         line, value = _column(text, key, column).get(uid, (0, None))
         place = posixpath.normpath(posixpath.join(posixpath.dirname(source.file), name))

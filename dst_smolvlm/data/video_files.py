@@ -63,10 +63,14 @@ def find_videos(folder) -> tuple[list[Path], list[Path], list[RecordError]]:
     def skip(path, why): problems.append(RecordError(path, why, kind='skipped', warning=True))
     seen = set()                                                         # folders; a link may lead to one of them again
     for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen: folders.clear(); continue
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
         seen.add(os.path.realpath(place))
         for name in sorted(folders):
-            if why := _skipped(Path(place, name)): folders.remove(name); skip(Path(place, name), why)
+            if why := _skipped(Path(place, name)):
+                folders.remove(name)
+                skip(Path(place, name), why)
         folders.sort()
         for path in (Path(place, name) for name in sorted(names)):
             endings = {s.lower() for s in path.suffixes}
@@ -133,7 +137,9 @@ class VideoLengths(Mapping):
         path = self.path(uid)
         if path is not None and path not in self._seconds:
             try: self._seconds[path] = playing_time(path)
-            except RecordError as e: self._warn(path, e.why, uid, e.kind); self._seconds[path] = None
+            except RecordError as e:
+                self._warn(path, e.why, uid, e.kind)
+                self._seconds[path] = None
         if path is None or self._seconds[path] is None: raise KeyError(uid)
         return self._seconds[path]
 

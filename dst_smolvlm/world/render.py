@@ -197,7 +197,8 @@ def draw_frame(
     for p in lying: draw_part(draw, p.part, p.x*size + dx, p.y*size + dy, .75*cfg.part_size*size/64)
     for k, (part, u, box, seen) in enumerate(held[:3]):
         x, y = _path(u, box, size)
-        side = 0 if len(held) == 1 else (-1 if k == 0 else 1)*size*.21
+        side = 0
+        if len(held) > 1: side = (-size if k == 0 else size)*.21
         x, y, r = x + side + dx + rng.normal(0, cfg.jitter), y + dy + rng.normal(0, cfg.jitter), cfg.part_size*size/64*rng.uniform(.9, 1.1)
         _draw_hand(draw, x, y + r/2, size)
         if (rng.random() >= cfg.occlusion) & seen: draw_part(draw, part, x, y, r)

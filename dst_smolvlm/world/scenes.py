@@ -79,7 +79,9 @@ class VideoScene:
         "Frames [H, W, 3], one at a time; a `DecodeError` if the file is broken, or ends before the record does."
         frame = start
         try:
-            for image in Video(self.record, self.path).frames(start, stop): yield image; frame += 1
+            for image in Video(self.record, self.path).frames(start, stop):
+                yield image
+                frame += 1
         except InputError as e: raise DecodeError(str(e), self.record, frame) from None
     def frames(self, start:int=0, stop:int|None=None) -> np.ndarray|list[np.ndarray]:
         "Frames [T, H, W, 3]; a list if they are not all of one size."
@@ -112,7 +114,7 @@ def split_records(records, shares=(.7, .1, .2)) -> dict[str, list]:
     videos = sorted({r.video_uid for r in records}, key=hash_text)
     n = len(videos)
     n_val, n_test = (max(1, round(shares[1]*n)), max(1, round(shares[2]*n))) if n >= 3 else (0, 0)
-    split = {uid: 'validation' if i < n_val else 'test' if i < n_val + n_test else 'train' for i, uid in enumerate(videos)}
+    split = dict.fromkeys(videos, 'train') | dict.fromkeys(videos[:n_val + n_test], 'test') | dict.fromkeys(videos[:n_val], 'validation')
     return {name: [r for r in ranked if split[r.video_uid] == name] for name in ('validation', 'test', 'train')}
 
 # %% ../../nbs/02_world/05_scenes.ipynb #86eb77f3

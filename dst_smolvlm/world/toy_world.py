@@ -73,12 +73,17 @@ def _plan(parts, cfg:WorldConfig, rng) -> tuple[list, list, list, int]:
     spans, wrong, asked, t, overlaps = [], [], [], int(rng.integers(cfg.min_idle, cfg.max_idle + 1)), False
     for k in range(len(parts)):
         if not overlaps and rng.random() < cfg.mistakes:
-            n = int(rng.integers(3, 6)); wrong.append((t, t + n)); t += n + int(rng.integers(cfg.min_idle, cfg.min_idle + 3))
+            n = int(rng.integers(3, 6))
+            wrong.append((t, t + n))
+            t += n + int(rng.integers(cfg.min_idle, cfg.min_idle + 3))
         n = int(rng.integers(cfg.min_carry, cfg.max_carry + 1))
         if n >= 6 and rng.random() < cfg.questions: asked.append(t + 3)
-        spans.append((t, t + n)); t += n
+        spans.append((t, t + n))
+        t += n
         overlaps = k + 1 < len(parts) and rng.random() < cfg.overlap and parts[k+1] not in parts[max(k-1, 0):k+1]
-        if overlaps: t -= min(2, n - 1); continue
+        if overlaps:
+            t -= min(2, n - 1)
+            continue
         idle = int(rng.integers(cfg.min_idle, cfg.max_idle + 1))
         if idle >= 6 and rng.random() < cfg.questions: asked.append(t + int(rng.integers(3, idle - 2)))
         t += idle

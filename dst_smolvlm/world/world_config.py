@@ -40,7 +40,9 @@ class WorldConfig:
     fps: float = 2.
     image_size: int = 64
 
-    def __post_init__(self): check_limits(self); check_room(self)
+    def __post_init__(self):
+        check_limits(self)
+        check_room(self)
 
 # %% ../../nbs/02_world/01_world_config.ipynb #ad18cb6b
 SHARES = ('few_colours', 'random_order', 'overlap', 'mistakes', 'questions', 'passing', 'occlusion', 'hidden')
