@@ -333,9 +333,7 @@ def test_keys_behind_a_gap_are_turned_in_their_slots():
     model, _ = RANDOM_WALK
     x = torch.randn(1, 30, 32, generator=torch.Generator().manual_seed(0))
     def read(cache, x):
-        positions, mask = cache.place([x.shape[1]])
-        with torch.inference_mode():
-            model.model.text_model(inputs_embeds=x, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+        with torch.inference_mode(): model.pass_through(x, cache.place([x.shape[1]]))
     cache, fresh = model.stream_cache(), model.stream_cache()
     read(cache, x)
     cache.keep(0, [*range(5), *range(15, 30)], rerotate=False)

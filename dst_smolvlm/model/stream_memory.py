@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Segment', 'visible_state', 'StreamMemory', 'Request', 'FrameOutput', 'generate_turn', 'watch', 'stack_steps',
-           'StreamGeneration']
+           'unread_if_it_fails', 'StreamGeneration']
 
 # %% ../../nbs/03_model/05_stream_memory.ipynb #c6c14007
 from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from ..core.states import transitions
 from .generation import GreedyGeneration
 from .heads import StepMemory
-from .kv_cache import StreamCache
+from .kv_cache import CachePass, StreamCache
 from .stream_layout import Prompt, StreamLayout
 
 # %% ../../nbs/03_model/05_stream_memory.ipynb #62a4b0cd
@@ -32,7 +33,7 @@ class Segment:
     prompt: Prompt|None = None
 
 def visible_state(segments) -> np.ndarray:
-    "The state [S] int8 that one knows who has read these segments, and nothing else: the prompt's, and every change that was told since."
+    "The state [S] int8 that these segments show: the prompt's, and every change since."
     state = np.zeros(0, np.int8)
     for s in segments:
         if s.prompt is not None: state = np.array(s.prompt.state, np.int8)
@@ -47,7 +48,7 @@ class StreamMemory:
     row: int = 0
     segments: list[Segment] = field(default_factory=list)
     unread: int = 0                         # tokens at the end of the log that are not in the cache yet
-    previous_state: np.ndarray = None                 # [S] int8, the state that the model was last told
+    previous_state: np.ndarray = None                 # [S] int8, the last state in the context
     steps: StepMemory|None = None           # the steps' vectors from the prompt, once that has been read
     frame: int = -1                         # number of the last frame
 
@@ -93,7 +94,7 @@ class StreamMemory:
 class Request:
     "A stream wants to know something once all that it wrote is read."
     memory: StreamMemory
-    what: str                    # 'decision', 'word', or 'nothing' but that it is read
+    what: str                    # 'decision', 'token', or 'nothing' but that it is read
 
 @dataclass
 class FrameOutput:
@@ -122,7 +123,7 @@ def watch(
     frame_tokens: torch.Tensor,     # [1, N, D] of `encode_frames`
     layout: StreamLayout,
     names: list[str],               # [S] of the steps
-    update_state: Callable,              # (state_probs [S, 3], pointer_probs [S+1], update_prob, told [S]) → state [S]
+    update_state: Callable,              # (state_probs [S, 3], pointer_probs [S+1], update_prob, previous state [S]) → state [S]
     user_turns: list[str] = (),          # what the user said since the last frame
     may_speak: Callable = lambda prob: prob >= .5,   # probability of head 1 → whether it speaks
     max_new_tokens: int|Callable = 64,   # of a reply; a function is asked when it begins
@@ -150,6 +151,18 @@ def stack_steps(steps:list[StepMemory]) -> StepMemory:
     pad = lambda x: x if x.shape[1] == S else F.pad(x, [0, 0]*(x.dim() - 2) + [0, S - x.shape[1]])
     return StepMemory(*(torch.cat([pad(getattr(s, key)) for s in steps]) for key in ('hidden', 'words', 'valid')))
 
+@contextmanager
+def unread_if_it_fails(memories:list[StreamMemory]):
+    "If the pass inside fails, nothing counts as read: the streams and their cache are as before."
+    cache = memories[0].cache
+    unread, lengths, next_position = [m.unread for m in memories], cache.lengths.copy(), cache.next_position.copy()
+    try: yield
+    except BaseException:
+        cache.lengths, cache.next_position = lengths, next_position
+        for memory, n in zip(memories, unread): memory.unread = n
+        raise
+
+# %% ../../nbs/03_model/05_stream_memory.ipynb #798a6ab2
 class StreamGeneration(GreedyGeneration):
     "Reads for any number of streams at once, and answers what they ask."
     def stream_cache(self, rows:int=1, **options) -> StreamCache:
@@ -157,9 +170,9 @@ class StreamGeneration(GreedyGeneration):
         text = self.model.text_model
         return StreamCache(text.config, text.rotary_emb.inv_freq, rows, dtype=self.dtype, device=self.device, **options)
 
-    def pass_through(self, embeds, position_ids, mask, cache) -> torch.Tensor:
+    def pass_through(self, embeds, new:CachePass) -> torch.Tensor:
         "The language model on new embeddings [R, Q, D] → hidden states [R, Q, D]. What a compiler would capture."
-        return self.model.text_model(inputs_embeds=embeds, position_ids=position_ids, attention_mask=mask, past_key_values=cache,
+        return self.model.text_model(inputs_embeds=embeds, position_ids=new.position_ids, attention_mask=new.mask, past_key_values=new,
                                      use_cache=True).last_hidden_state
 
     def compile_passes(self, **options):
@@ -175,38 +188,39 @@ class StreamGeneration(GreedyGeneration):
         x = torch.from_numpy(padded).to(self.device, non_blocking=True)
         embeds = self.get_input_embeddings()(x)
         if frame_tokens: embeds = self.put_frames(embeds, x, torch.cat(frame_tokens))
-        return self.pass_through(embeds, *cache.place(counts, width), cache), embeds
+        return self.pass_through(embeds, cache.place(counts, width)), embeds
+
+    def ends_of(self, memories, ids:dict[int, list[int]]) -> torch.Tensor:
+        "Row and column [2, n] of the last new token of each stream in the pass that reads `ids`."
+        return torch.tensor([(m.row, len(ids[m.row]) - 1) for m in memories], device=self.device).T
+
+    def steps_of_prompt(self, memory:StreamMemory, hidden, embeds) -> StepMemory:
+        "The steps' vectors of a stream whose prompt was read in this pass, at the beginning of its row."
+        spans, n = torch.tensor([memory.prompt.step_spans], device=self.device), memory.prompt.step_spans[-1][1]
+        return self.step_memory(hidden[memory.row][None, :n], embeds[memory.row][None, :n], spans)
 
     @torch.inference_mode()
     def forward_batch(self, requests:list[Request], layout:StreamLayout) -> list:
-        """Read what the streams have written in one pass → a token for who asked for a word; (P(speak), P(update), P(state) [S, 3],
-        P(pointer) [S+1]) for who asked for a decision; None for the others. All asks are of one cache, and of different rows."""
-        requests, order = zip(*sorted(zip(requests, range(len(requests))), key=lambda a: a[0].memory.row))
-        cache, results, ids, tokens = requests[0].memory.cache, [None]*len(requests), {}, []
-        before = [(a.memory, a.memory.unread) for a in requests], cache.lengths.copy(), cache.next_position.copy()
-        new_prompt = [a.memory for a in requests if a.memory.steps is None]       # their rows are empty, and it is read first
-        for a in requests:
-            ids[a.memory.row], frames = a.memory.take()
-            tokens += frames
-        groups = {what: [k for k, a in enumerate(requests) if a.what == what] for what in ('token', 'decision')}
-        rows = [a.memory.row for a in requests]
-        ends = [(row, len(ids[row]) - 1) for row in rows]                      # of what each has written
-        places = {what: torch.tensor([ends[k] for k in ks], device=self.device).T for what, ks in groups.items() if ks}      # [2, n] each
-        previous_state = self.previous_states([requests[k].memory for k in groups['decision']])
-        never = torch.tensor(layout.never_said, dtype=torch.long, device=self.device)
-        try: hidden, embeds = self.read_rows(ids, tokens, cache)
-        except BaseException:                                                  # nothing has been read
-            memories, cache.lengths, cache.next_position = before
-            for memory, unread in memories: memory.unread = unread
-            raise
-        for memory in new_prompt:
-            spans, n = torch.tensor([memory.prompt.step_spans], device=self.device), memory.prompt.step_spans[-1][1]
-            memory.steps = self.step_memory(hidden[memory.row][None, :n], embeds[memory.row][None, :n], spans)
-        for what, at in places.items():
-            last = hidden[at[0], at[1]]                                                             # [n, D]
+        """Read what the streams have written in one pass → a token for each request of one; (P(speak), P(update), P(state) [S, 3],
+        P(pointer) [S+1]) for each request of a decision; None for the others. All requests are of one cache, and of different rows."""
+        order = sorted(range(len(requests)), key=lambda k: requests[k].memory.row)     # image tokens are put in row by row
+        groups = {what: [k for k in order if requests[k].what == what] for what in ('token', 'decision')}
+        asking = {what: [requests[k].memory for k in ks] for what, ks in groups.items()}
+        memories, results = [requests[k].memory for k in order], [None]*len(requests)
+        new_prompts = [m for m in memories if m.steps is None]                         # their rows are empty: the prompt comes first
+        with unread_if_it_fails(memories):
+            taken = {m.row: m.take() for m in memories}
+            ids, frames = {row: new for row, (new, _) in taken.items()}, [f for _, tokens in taken.values() for f in tokens]
+            ends = {what: self.ends_of(asking[what], ids) for what in groups if asking[what]}
+            previous_state = self.previous_states(asking['decision'])
+            never = torch.tensor(layout.never_said, dtype=torch.long, device=self.device)
+            hidden, embeds = self.read_rows(ids, frames, memories[0].cache)
+        for memory in new_prompts: memory.steps = self.steps_of_prompt(memory, hidden, embeds)
+        for what, at in ends.items():
+            last = hidden[at[0], at[1]]                                                # [n, D]
             if what == 'token': found = self.lm_head(last).index_fill(-1, never, -torch.inf).argmax(-1).tolist()
-            else: found = self.decisions(last, [requests[k].memory for k in groups[what]], previous_state)
-            for k, answer in zip(groups[what], found): results[order[k]] = answer
+            else: found = self.decisions(last, asking[what], previous_state)
+            for k, answer in zip(groups[what], found): results[k] = answer
         return results
 
     def run(self, stream:Generator, layout:StreamLayout):
@@ -221,13 +235,13 @@ class StreamGeneration(GreedyGeneration):
         return self.run(watch(memory, frame_tokens, layout, names, update_state, **options), layout)
 
     def previous_states(self, memories) -> torch.Tensor:
-        "What the streams were told [n, 1, S], padded with zeros."
+        "The previous states of the streams [n, 1, S], padded with zeros."
         previous_state = np.zeros((len(memories), 1, max((len(m.previous_state) for m in memories), default=0)), np.int64)
         for k, m in enumerate(memories): previous_state[k, 0, :len(m.previous_state)] = m.previous_state
         return torch.from_numpy(previous_state).to(self.device, non_blocking=True)
 
     def decisions(self, last, memories, previous_state) -> list[tuple]:
-        "Both decisions, states and pointer of streams whose last token [n, D] ended a frame, and which were `told` so [n, 1, S]."
+        "Both decisions, states and pointer of streams whose last token [n, D] ended a frame, given their previous states [n, 1, S]."
         steps, S = stack_steps([m.steps for m in memories]), previous_state.shape[-1]
         seen = torch.stack([next(s.tokens for s in reversed(m.segments) if s.tokens is not None) for m in memories])   # [n, 1, N, D]
         out = self.decide(last[:, None], seen, steps, previous_state)
