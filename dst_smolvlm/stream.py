@@ -17,10 +17,10 @@ from .core.config import InputError, atomic_write, check_outputs, environment, p
 from .data.frames import iter_frames, prefetch
 from .data.schema import VideoRecord
 from .model.modeling import checkpoint_hash, load_pretrained
+from .streaming.recorder import trace_header
 from .streaming.runner import StreamRunner
-from dst_smolvlm.streaming.session import (
-    RealTimeClock, backbone_dtype, is_live, load_thresholds, pick_device, prepare, read_steps, record_of, runner_options, stream_frames,
-    trace_header)
+from .streaming.session import (
+    RealTimeClock, backbone_dtype, is_live, load_thresholds, pick_device, prepare, read_steps, record_of, runner_options, stream_frames)
 from .streaming.trace import Trace, TraceFrame
 from .streaming.trace_writer import TraceWriter, read_trace
 from .viz.live_view import Screen

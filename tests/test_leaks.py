@@ -7,7 +7,8 @@ from dst_smolvlm.evaluation.variants import CONTROLS, HEAD_ONLY, MODEL, controll
 from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.model.stream_layout import StreamLayout
 from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
-from dst_smolvlm.streaming.session import observed, stream_record, stream_records
+from dst_smolvlm.streaming.recorder import observed
+from dst_smolvlm.streaming.session import stream_record, stream_records
 from dst_smolvlm.streaming.state_tracker import OnlineStateTracker
 from dst_smolvlm.streaming.trace import TraceFrame
 from dst_smolvlm.world.toy_world import make_scene

@@ -12,7 +12,7 @@ from ..core.states import COMPLETED, IN_PROGRESS, NOT_STARTED
 
 # %% ../../nbs/05_streaming/00_state_tracker.ipynb #190e7b38
 class OnlineStateTracker:
-    """Causal filter from pointer probabilities to a sequence of states; it lives outside the model. Every transition is legal, except that
+    """Causal state tracker from pointer probabilities to states; it lives outside the model. Every transition is legal, except that
     a completion may be undone within `undo_frames`, and a beginning within `established` frames if another step takes its place."""
     def __init__(
         self, state,           # [S] before the first frame
@@ -45,8 +45,8 @@ class OnlineStateTracker:
         return self.state.copy()
 
     def restart(self, state):
-        "Go on from `state` [S]: where it is the filter's own, nothing changes; elsewhere the step is as new in it."
+        "Go on from `state` [S]: where it is the tracker's own, nothing changes; elsewhere the step is as new in it."
         state = np.array(state, dtype=np.int8)
-        if state.shape != self.state.shape: raise ValueError(f'restart: {len(state)} states for a filter of {len(self.state)} steps')
+        if state.shape != self.state.shape: raise ValueError(f'restart: {len(state)} states for a state tracker of {len(self.state)} steps')
         new = state != self.state
         self.state[new], self.shown_for[new], self.done_at[new] = state[new], 0, -10**6
