@@ -9,7 +9,7 @@ __all__ = ['USAGE', 'main']
 import os, sys
 
 from .core.config import parse_cli, run_cli
-from .training.feature_store import build_store
+from .training.feature_writer import build_store
 
 # %% ../nbs/09_commands/01_features.ipynb #d6284788
 USAGE = """usage: python -m dst_smolvlm.features [--cfg] [group=choice] [group.key=value] ...

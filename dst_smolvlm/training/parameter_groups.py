@@ -72,7 +72,7 @@ def frozen_parts(cfg:AdapterConfig) -> list[str]:
 
 # %% ../../nbs/04_training/03_parameter_groups.ipynb #021a66b3
 def check_rates(model, cfg:AdapterConfig):
-    "Raises `InputError` for a rate that is none, or that is of a part that does not exist or does not learn."
+    "Raises `InputError` for a rate that is no positive number, or whose part does not exist or is frozen."
     sizes = part_sizes(model)
     for part, rate in (cfg.learning_rates or {}).items():
         if part not in PART_NAMES: raise InputError(f'learning_rates.{part}: no part of the model; the parts are {", ".join(PART_NAMES)}')
@@ -82,7 +82,7 @@ def check_rates(model, cfg:AdapterConfig):
         if not sizes[part][0]: raise InputError(f'learning_rates.{part}: all of this part is frozen; leave the rate out or let it learn')
 
 def parameter_groups(model, cfg:AdapterConfig, base_lr:float, weight_decay:float) -> list[dict]:
-    "The optimizer's groups: what learns, by weight decay and by part where a part has its own rate (the others learn at `base_lr`)."
+    "The optimizer's parameter groups: by weight decay and by part where a part has its own rate (the others learn at `base_lr`)."
     check_rates(model, cfg)
     decay, rates = set(Trainer.get_decay_parameter_names(None, model)), cfg.learning_rates or {}
     groups = {(part, decays): dict(params=[], weight_decay=weight_decay if decays else 0.)
