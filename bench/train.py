@@ -26,7 +26,7 @@ import torch
 from dst_smolvlm.core.config import atomic_write, environment, run_cli
 from dst_smolvlm.model.modeling import build_published, build_tiny
 from dst_smolvlm.training.dataset import DSTFrameDataset, DSTStreamDataset, StreamCollator, model_inputs
-from dst_smolvlm.training.feature_store import write_store
+from dst_smolvlm.training.feature_writer import write_store
 from dst_smolvlm.training.losses import LossConfig, loss_counts, multitask_loss
 from dst_smolvlm.world.scenes import ToyScenes, scene_video
 from dst_smolvlm.world.world_config import WorldConfig

@@ -10,7 +10,7 @@ import sys
 
 from .core.config import parse_cli, run_cli
 from .core.parallel import launched_place
-from .training.feature_store import build_store
+from .training.feature_writer import build_store
 
 # %% ../nbs/09_commands/01_features.ipynb #d6284788
 USAGE = """usage: python -m dst_smolvlm.features [--cfg] [group=choice] [group.key=value] ...

@@ -17,7 +17,7 @@ from dst_smolvlm.data.schema import VideoRecord, write_records
 from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.training import feature_store
 from dst_smolvlm.training.dataset import DSTStreamDataset
-from dst_smolvlm.training.feature_store import write_store
+from dst_smolvlm.training.feature_writer import write_store
 from dst_smolvlm.training.trainer import training_arguments
 from dst_smolvlm.world import scenes as scene_module
 from dst_smolvlm.world.scenes import DecodeError, ToyScenes, VideoScene, load_scenes, scene_video, split_records

@@ -14,8 +14,10 @@ from dst_smolvlm.data.loading import read_records
 from dst_smolvlm.data.schema import VideoRecord, write_records
 from dst_smolvlm.model.heads import DSTSmolVLMConfig
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
-from dst_smolvlm.training import feature_store
-from dst_smolvlm.training.feature_store import FeatureStore, encoder_fingerprint, file_name, write_store, write_tokens
+from dst_smolvlm.training import feature_store, feature_writer
+from dst_smolvlm.training.feature_store import FeatureStore, encoder_fingerprint, file_name, write_tokens
+from dst_smolvlm.training.feature_writer import write_store
+from dst_smolvlm.world import scenes
 from dst_smolvlm.world.scenes import Video, load_scenes
 from dst_smolvlm.world.toy_world import make_scene
 
@@ -305,7 +307,7 @@ def test_several_dialogues_of_a_video(tmp_path):
         (tmp_path/'records.jsonl').write_text('\n'.join(r.to_json() for r in talks))
         cfg = compose_config([*MODEL, 'data=records', f'data.path={tmp_path/"records.jsonl"}', f'data.source={source}',
                               f'features.path={tmp_path/source}'])
-        store, report = feature_store.build_store(cfg)
+        store, report = feature_writer.build_store(cfg)
         assert not report.failed and [store.shape(uid)[0] for uid in store] == ([9] if source == 'video' else [5, 7, 9])
     with pytest.raises(InputError, match='two videos'):
         FeatureStore(tmp_path, 'e', [Video(record, SAMPLE/'toy-test-0-00001.mp4'), Video(record, SAMPLE/record.video)])

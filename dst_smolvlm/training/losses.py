@@ -56,7 +56,7 @@ class LossConfig:
     update_positive: float = 1.  # weight of frames at which a state changes
     state_classes: tuple = (1., 1., 1.)   # weights of not started, in progress and completed
     balanced: bool = False       # the two decisions: mean of the mean over positive and that over negative frames
-    changed_weight: float = 5.  # weight of state cells whose truth differs from what was told
+    changed_weight: float = 5.  # weight of state cells whose ground truth differs from the previous state
     negative_keep: float = 1.    # share of the silent frames whose decision loss counts
     auxiliary_weight: float = 2.   # an auxiliary sample counts like so many frames of a stream, which are nearly alike
 
