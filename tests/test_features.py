@@ -17,7 +17,6 @@ from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.training import feature_store, feature_writer
 from dst_smolvlm.training.feature_store import FeatureStore, encoder_fingerprint, file_name, write_tokens
 from dst_smolvlm.training.feature_writer import write_store
-from dst_smolvlm.world import scenes
 from dst_smolvlm.world.scenes import Video, load_scenes
 from dst_smolvlm.world.toy_world import make_scene
 

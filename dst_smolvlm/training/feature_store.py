@@ -8,7 +8,6 @@ __all__ = ['FORMAT', 'DTYPES', 'FRAMES_PER_BATCH', 'encoder_fingerprint', 'list_
 
 # %% ../../nbs/04_training/01_feature_store.ipynb #6a88013b
 import json, math, os, re
-import json, math, os, re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
