@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..core.config import InputError
 from ..model.modeling import load_pretrained
 from ..streaming.session import backbone_dtype, pick_device, prepare
-from ..training.dataset import DSTStreamDataset, StreamCollator
+from ..training.dataset import DSTStreamDataset, StreamCollator, model_inputs
 
 # %% ../../nbs/07_metrics/10_perplexity.ipynb #58e989ad
 def perplexity(checkpoint, scenes, cfg) -> float|None:
@@ -27,7 +27,7 @@ def perplexity(checkpoint, scenes, cfg) -> float|None:
     collate, surprise, said = StreamCollator(layout.tokenizer.pad_token_id), 0., 0
     for k in tqdm(range(len(clips)), desc='perplexity', leave=False):
         batch = {key: v.to(model.device) if torch.is_tensor(v) else v for key, v in collate([clips[k]]).items()}
-        with torch.inference_mode(): out = model(**batch)
+        with torch.inference_mode(): out = model(**model_inputs(batch))
         surprise += F.cross_entropy(out.lm_logits.float(), out.lm_targets, reduction='sum').item()
         said += len(out.lm_targets)
     return math.exp(min(surprise/said, 700.)) if said else None                    # e^700 is as large as a number can be
