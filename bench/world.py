@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dst_smolvlm.core.config import atomic_write, compose_config, environment, run_cli
-from dst_smolvlm.train import make_trainer
+from dst_smolvlm.runs.training_run import make_trainer
 from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.training.trainer import DSTTrainer, training_arguments
 from dst_smolvlm.world.render import COLOURS, _look, _path

@@ -2,7 +2,7 @@
 import multiprocessing, os, signal, socket
 
 context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['dst_smolvlm.train', 'dst_smolvlm.evaluate'])
+context.set_forkserver_preload(['dst_smolvlm.runs.training_run', 'dst_smolvlm.runs.evaluation_run'])
 
 # A model and a task that take a tenth of a second a step. Nothing here rests on the defaults of conf/.
 TRAIN = dict(seed=0, max_seq_len=320, dialogues=1, auxiliary_samples=2, learning_rate=.001, lr_scheduler_type='constant',

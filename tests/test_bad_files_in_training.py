@@ -15,7 +15,8 @@ from dst_smolvlm.data.loading import read_records
 from dst_smolvlm.data.probe import cache_file, count_frames, probe_videos
 from dst_smolvlm.data.schema import VideoRecord, write_records
 from dst_smolvlm.model.modeling import build_tiny
-from dst_smolvlm.training import feature_store
+from dst_smolvlm.runs import training_run
+from dst_smolvlm.training import feature_store, feature_writer
 from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.training.feature_writer import write_store
 from dst_smolvlm.training.trainer import training_arguments
@@ -64,7 +65,7 @@ def config(folder, *overrides): return compose_config([*SMALL, f'data.path={fold
 def halve(path): os.truncate(path, path.stat().st_size//2)
 
 def trainer_of(cfg, tmp_path):
-    trainer = train.make_trainer(cfg, training_arguments(cfg, tmp_path/'trainer'))
+    trainer = training_run.make_trainer(cfg, training_arguments(cfg, tmp_path/'trainer'))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -82,12 +83,12 @@ class Happening(TrainerCallback):
 
 def train_while(argv, events):
     "The command, and what happens meanwhile."
-    make = train.make_trainer
+    make = training_run.make_trainer
     def with_events(*args):
         trainer = make(*args)
         trainer.add_callback(Happening(events))
         return trainer
-    train.make_trainer = with_events
+    training_run.make_trainer = with_events
     train.main(argv)
 
 
@@ -403,7 +404,7 @@ def test_two_cameras_are_two_streams(tmp_path):
     status, said = trained(tmp_path/'out', tmp_path, '++train.max_steps=2', '++train.save_strategy=no')
     assert status == 0 and ', 2 streams of 1 video;' in said, said
     cfg = config(tmp_path, f'features.path={tmp_path/"store"}')
-    store, report = features.build_store(cfg)
+    store, report = feature_writer.build_store(cfg)
     assert not report.failed and list(store) == [f'P90_01.{r.view}' for r in records]
     cam1, cam2 = (store[uid] for uid in store)
     assert (len(cam1), len(cam2)) == (9, 8) and not torch.equal(cam1[:8], cam2)

@@ -13,6 +13,7 @@ from dst_smolvlm.evaluation.scoring import entries_of, make_language, score_entr
 from dst_smolvlm.evaluation.stream_split import Streamed, stream_scenes
 from dst_smolvlm.evaluation.variants import variants_of
 from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.runs import evaluation_run
 from dst_smolvlm.streaming.reference_traces import oracle_trace
 from dst_smolvlm.world.scenes import load_scenes
 from dst_smolvlm.world.toy_world import Scene, render_frame
@@ -81,10 +82,10 @@ class Spoiled:
 
 def test_the_truth_of_the_test_split_reaches_nothing_but_the_scores(checkpoint, tmp_path, monkeypatch):
     "With another ground truth for the test videos: the same thresholds, the same decisions, the same words; other scores."
-    argv, load = [*COMMON, f'eval.checkpoint={checkpoint}'], evaluate.load_scenes
+    argv, load = [*COMMON, f'eval.checkpoint={checkpoint}'], evaluation_run.load_scenes
     evaluate.main([*argv, f'output_dir={tmp_path/"honest"}'])
     spoil = lambda cfg, split: [Spoiled(s) for s in load(cfg, split)] if split == 'test' else load(cfg, split)
-    monkeypatch.setattr(evaluate, 'load_scenes', spoil)
+    monkeypatch.setattr(evaluation_run, 'load_scenes', spoil)
     evaluate.main([*argv, f'output_dir={tmp_path/"spoiled"}'])
     honest, spoiled = scores(tmp_path/'honest'), scores(tmp_path/'spoiled')
     assert honest['meta']['thresholds'] == spoiled['meta']['thresholds']
@@ -197,7 +198,7 @@ def test_a_long_video_is_never_in_memory_as_a_whole(checkpoint, tmp_path, monkey
                                       'eval.strategies.oracle={name: drop_all}', 'eval.checkpoints.mine=.', 'data.test_videos=-1'])
 def test_what_cannot_be_scored_is_refused_before_anything_is_streamed(checkpoint, tmp_path, override):
     with pytest.raises(InputError, match=re.escape(override.split('=')[0])):
-        evaluate.evaluate(compose_config([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}', override]))
+        evaluation_run.evaluate(compose_config([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}', override]))
     assert not (tmp_path/'out').exists()
 
 

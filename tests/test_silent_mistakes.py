@@ -11,6 +11,7 @@ from transformers import PrinterCallback
 import processes
 from dst_smolvlm import train
 from dst_smolvlm.model.modeling import build_tiny
+from dst_smolvlm.runs import training_run
 from dst_smolvlm.streaming.session import stream_record
 from dst_smolvlm.training.dataset import DSTStreamDataset, StreamCollator, model_inputs
 from dst_smolvlm.training.losses import PARTS, multitask_loss
@@ -125,8 +126,8 @@ def test_a_batch_without_positives_is_not_nan():
 
 def seed_by_rank(argv):
     "The command, in which every rank draws other weights, as where the seed is never set."
-    original = train.load_model
-    train.load_model = lambda cfg, seed, **kwargs: original(cfg, seed + int(os.environ['RANK']), **kwargs)
+    original = training_run.load_model
+    training_run.load_model = lambda cfg, seed, **kwargs: original(cfg, seed + int(os.environ['RANK']), **kwargs)
     train.main(argv)
 
 

@@ -21,6 +21,7 @@ from dst_smolvlm.metrics.text import Idf, cider, load_encoder
 from dst_smolvlm.metrics.text_proassist import ptb_tokens
 from dst_smolvlm.metrics.thresholds import bin_frames, f1_figure, pr_curve, pr_figure, reliability_figure
 from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.runs import evaluation_run
 from dst_smolvlm.streaming.reference_traces import oracle_trace, trace_from_states
 from dst_smolvlm.viz.timeline_plot import timeline_figure
 from dst_smolvlm.world.replay import build_sample
@@ -195,7 +196,7 @@ def test_any_form_of_a_file_is_the_same_file(tmp_path):
 def test_what_is_no_such_file_is_refused_before_anything_is_written(tmp_path, content, why):
     (tmp_path/'x.json').write_bytes(content)
     with pytest.raises(InputError, match=why):
-        evaluate.evaluate(compose_config([*COMMON, f'output_dir={tmp_path/"out"}', f'eval.predictions.x={tmp_path/"x.json"}']))
+        evaluation_run.evaluate(compose_config([*COMMON, f'output_dir={tmp_path/"out"}', f'eval.predictions.x={tmp_path/"x.json"}']))
     assert not (tmp_path/'out').exists()
 
 
@@ -419,7 +420,7 @@ def test_a_disk_that_is_full_is_no_videos_fault(kitchen, tmp_path, monkeypatch):
     options, _ = film(kitchen, tmp_path/'films')
     def full(*args): raise OSError(28, 'No space left on device', 'traces')
     monkeypatch.setattr(stream_split, 'write_trace', full)
-    with pytest.raises(InputError, match='No space left on device'): evaluate.evaluate(compose_config([*options, *GIVEN]))
+    with pytest.raises(InputError, match='No space left on device'): evaluation_run.evaluate(compose_config([*options, *GIVEN]))
     assert not (tmp_path/'films'/'out'/'scores.json').exists()
 
 

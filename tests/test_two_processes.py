@@ -8,7 +8,8 @@ import processes
 from dst_smolvlm import train
 from dst_smolvlm.core.config import InputError, compose_config
 from dst_smolvlm.model.modeling import load_model
-from dst_smolvlm.train import make_trainer
+from dst_smolvlm.runs import training_run
+from dst_smolvlm.runs.training_run import make_trainer
 from dst_smolvlm.training.trainer import training_arguments
 
 # Four steps of four videos, so that the second half of the run is in the second epoch. Plain SGD: Adam would make much of a rounding error.
@@ -109,4 +110,4 @@ def test_different_weights_are_refused(monkeypatch):
         def gather(self, mine): return torch.cat([mine, mine + 1e-9])
     class Trainer: accelerator, model = Ranks(), torch.nn.Linear(2, 2)
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(InputError, match='different weights'): train.check_ranks(Trainer)
+    with pytest.raises(InputError, match='different weights'): training_run.check_ranks(Trainer)
