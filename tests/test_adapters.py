@@ -80,7 +80,7 @@ class Gradients(TrainerCallback):
 # What is saved
 
 def test_the_library_loses_the_heads_and_we_do_not(tmp_path):
-    "`add_adapter` and `save_pretrained` write LoRA alone: whoever trusts them gets the untrained heads back, without a word."
+    "`add_adapter` and `save_pretrained` write LoRA alone: a user who trusts them gets the untrained heads back, without a word."
     model, layout = small()
     model.add_adapter(peft.LoraConfig(r=4, target_modules=AdapterConfig().lora_targets))
     model.heads.requires_grad_(True)

@@ -177,7 +177,7 @@ def test_a_disk_that_is_gone(data, tmp_path):
 
 
 def test_all_that_is_missing_is_said_before_it_begins(data, tmp_path):
-    "By a dry run as well. Nothing is left behind, and whoever insists may begin."
+    "By a dry run as well. Nothing is left behind, and a user who insists may begin."
     one, two, three, *_ = of_split(data)
     one.unlink(), halve(two), write_mkv(three, np.zeros((9, 64, 64, 3), np.uint8))
     for extra in ([], ['train.dry_run=true']):

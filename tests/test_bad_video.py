@@ -98,7 +98,7 @@ def test_frames_before_the_damage_are_given(clip, tmp_path):
     assert len(seen) > 3 and all((f.image == whole[f.index]).all() for f in seen)
 
 
-# Damage in the middle, and whoever wants to go on
+# Damage in the middle, and a reader that wants to go on
 
 def overwrite(path, target, numbers, header=0):
     "`path` with the contents of the packets `numbers` overwritten; the time-stamp of each."

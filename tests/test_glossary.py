@@ -23,7 +23,8 @@ REPLACED = {   # pattern → what is said instead
     r'taken at its word': 'per-frame argmax',
     r'cut in two': 'truncated',
     r'\bwhoever\b|of such a kind': '(say who, or what kind)'}
-TRANSLATES = {'00_config.ipynb', 'test_old_names.py', 'test_glossary.py', 'CHANGELOG.md'}        # hold old names on purpose
+# which hold old names on purpose
+TRANSLATES = {'00_config.ipynb', '03_heads.ipynb', 'test_old_names.py', 'test_model.py', 'test_glossary.py', 'CHANGELOG.md'}
 
 
 def texts():

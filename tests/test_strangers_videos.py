@@ -310,7 +310,7 @@ def test_a_playlist_is_read_from_its_first_segment_and_not_waited_for(tmp_path, 
 
 
 def test_a_transport_stream_that_lost_data_says_so(tmp_path):
-    "A gap in the middle of a group of pictures is no joint; whoever wants to go on may."
+    "A gap in the middle of a group of pictures is no joint; a reader that wants to go on may."
     noise = np.random.default_rng(0).integers(0, 256, (60, 12, 16, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     with av.open(str(tmp_path/'a.ts'), 'w') as container:
         stream = container.add_stream('libx264', rate=10, options={'sc_threshold': '0'})

@@ -40,7 +40,7 @@ def without(streamed, **fields): return streamed.model_copy(update=dict(frames=[
 # ---- the same file
 
 def awkward():
-    "Traces with whatever is hard to write: no frames, no events, odd characters, numbers that are none, tuples, several events at a frame."
+    "Traces with whatever is hard to write: no frames, no events, odd characters, NaN, tuples, several events at a frame."
     two = dict(type='state', frame=1, time=.5, transitions=[(0, 0, 1), (0, 1, 2)], certainty=float('nan'))
     frames = [make_frame(0, text=''), make_frame(1, first_token_ms=1e-9, text='\\ "\n\x7f'), make_frame(2, skipped='behind', delay_s=1e22)]
     yield make_header()
@@ -223,7 +223,7 @@ def test_read_while_it_grows(tmp_path):
     (lambda lines: lines[:2] + [lines[2].replace(b'"assistant"', b'"asistant"')] + lines[3:], "events.1.type: 'asistant' is none of"),
     (lambda lines: lines[1:], 'line 1: not of an unfinished trace')])
 def test_damage_that_no_kill_makes(damage, says, tmp_path):
-    "A line in the middle that is not whole, lost, double, or from elsewhere is an error that names it."
+    "A line in the middle that is not whole, lost, double, or of another trace is an error that names it."
     writer = TraceWriter(tmp_path/'a.json', make_header())
     for i in range(4): writer.add(make_frame(i), [said(i)])
     part = part_of(tmp_path/'a.json')

@@ -98,7 +98,7 @@ class StreamLayout:
     def user(self, text:str) -> list[int]: return self._turn(f'User: {text}')
     def assistant(self, text:str) -> list[int]: return self.encode(f' {text}') + [self.end_id]
     def update(self, before, after, names) -> list[int]:
-        "The state turn: which steps changed between two told states [S], and the agenda that follows."
+        "The state turn: which steps changed between two states [S], and the agenda that follows."
         last = {t.step: t.after for t in transitions(before, after)}
         changed = '; '.join(f'{k+1} {STATE_NAMES[s]}' for k, s in sorted(last.items()))
         return self._turn(f'State: {changed}. {self.agenda(names, after)}')
