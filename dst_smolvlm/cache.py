@@ -28,7 +28,7 @@ def main(argv=None):
     cfg = parse_cli(argv[report_asked:], USAGE)
     if not report_asked: raise InputError(f'report is the only thing to do here. {USAGE.splitlines()[0]}')
     if out is not None: check_outputs({'--json': out}, {'model.checkpoint': cfg.model.checkpoint})
-    from dst_smolvlm.model.modeling import load_model           # only now: the libraries take seconds to import
+    from dst_smolvlm.model.checkpoints import load_model         # only now: the libraries take seconds to import
     from dst_smolvlm.streaming.context_manager import exactness_report, format_report
     model, layout = load_model(cfg.model)
     report = exactness_report(model.eval(), layout)

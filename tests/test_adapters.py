@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 import processes
 from dst_smolvlm import train
 from dst_smolvlm.core.config import InputError, compose_config
+from dst_smolvlm.model.checkpoints import load_pretrained, save_model
 from dst_smolvlm.model.heads import old_name, tiny_config
-from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, load_pretrained, save_model
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.streaming.session import stream_record
 from dst_smolvlm.training import adapters, lora
 from dst_smolvlm.training.adapters import adapt, quantization

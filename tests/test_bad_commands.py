@@ -7,7 +7,8 @@ import numpy as np, pytest
 import processes
 from dst_smolvlm import evaluate, stream, train
 from dst_smolvlm.data.container import write_video
-from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, save_model
+from dst_smolvlm.model.checkpoints import save_model
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 
 TRAIN = [*processes.SMALL, 'output_dir=out', 'data.train_videos=2', '++train.max_steps=1', '++train.use_cpu=true']
 EVALUATE = ['output_dir=out', 'data=toy', 'data.validation_videos=1', 'data.test_videos=1', 'context_strategy=drop_all',

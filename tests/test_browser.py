@@ -8,7 +8,8 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from dst_smolvlm import evaluate
-from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.model.checkpoints import save_model
+from dst_smolvlm.model.modeling import build_tiny
 
 root = Path(__file__).parent.parent
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)

@@ -12,7 +12,8 @@ from dst_smolvlm.evaluation.comparison import make_row, tally_rows
 from dst_smolvlm.evaluation.scoring import entries_of, make_language, score_entries
 from dst_smolvlm.evaluation.stream_split import Streamed, stream_scenes
 from dst_smolvlm.evaluation.variants import variants_of
-from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.model.checkpoints import save_model
+from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.runs import evaluation_run
 from dst_smolvlm.streaming.reference_traces import oracle_trace
 from dst_smolvlm.world.scenes import load_scenes

@@ -8,7 +8,8 @@ import processes
 from dst_smolvlm import cache, evaluate, features, records, stream, train
 from dst_smolvlm.data.container import write_video
 from dst_smolvlm.data.frames import video_length
-from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.model.checkpoints import save_model
+from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.streaming.trace_writer import read_trace
 from dst_smolvlm.world import __main__ as world
 

@@ -10,7 +10,8 @@ from dst_smolvlm.core.config import InputError, compose_config
 from dst_smolvlm.data.frames import read_frames
 from dst_smolvlm.data.loading import read_records
 from dst_smolvlm.metrics.scores import score_traces
-from dst_smolvlm.model.modeling import build_tiny, load_pretrained
+from dst_smolvlm.model.checkpoints import load_pretrained
+from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.streaming.session import load_thresholds, runner_options, stream_record
 
 root = Path(__file__).parent.parent

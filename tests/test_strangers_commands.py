@@ -7,7 +7,8 @@ import numpy as np, pytest
 from dst_smolvlm import features, records, stream, train
 from dst_smolvlm.data.frames import iter_frames, video_length
 from dst_smolvlm.data.loading import read_records
-from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.model.checkpoints import save_model
+from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.streaming.trace_writer import read_trace
 from dst_smolvlm.world.scenes import VideoScene
 

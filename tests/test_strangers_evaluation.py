@@ -20,7 +20,8 @@ from dst_smolvlm.metrics.scores import Language
 from dst_smolvlm.metrics.text import Idf, cider, load_encoder
 from dst_smolvlm.metrics.text_proassist import ptb_tokens
 from dst_smolvlm.metrics.thresholds import bin_frames, f1_figure, pr_curve, pr_figure, reliability_figure
-from dst_smolvlm.model.modeling import build_tiny, save_model
+from dst_smolvlm.model.checkpoints import save_model
+from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.runs import evaluation_run
 from dst_smolvlm.streaming.reference_traces import oracle_trace, trace_from_states
 from dst_smolvlm.viz.timeline_plot import timeline_figure

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 import processes
 from dst_smolvlm import train
 from dst_smolvlm.core.config import InputError, compose_config
-from dst_smolvlm.model.modeling import load_model
+from dst_smolvlm.model.checkpoints import load_model
 from dst_smolvlm.runs import training_run
 from dst_smolvlm.runs.training_run import make_trainer
 from dst_smolvlm.training.trainer import training_arguments

@@ -19,7 +19,7 @@ from .variants import given_ground_truth
 from ..metrics.matching import window_of
 from ..metrics.text import signatures
 from ..metrics.text_proassist import proassist_signatures
-from ..model.modeling import checkpoint_hash
+from ..model.checkpoints import checkpoint_hash
 from ..streaming.session import pick_device
 
 # %% ../../nbs/08_evaluation/10_provenance.ipynb #057ca552

@@ -25,7 +25,7 @@ from ..core.hashing import hash_file, hash_parts, hash_text, safe_name
 from ..core.parallel import count_cores, join_ranks, run_each
 from ..data.schema import RecordError, VideoRecord
 from .variants import Variant, controlled, suited
-from ..model.modeling import checkpoint_hash, load_pretrained
+from ..model.checkpoints import checkpoint_hash, load_pretrained
 from ..streaming.context_strategies import make_strategy
 from ..streaming.session import RealTimeClock, backbone_dtype, pick_device, prepare, runner_options, stream_record
 from ..streaming.trace import Traces

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..core.config import InputError
-from ..model.modeling import load_pretrained
+from ..model.checkpoints import load_pretrained
 from ..streaming.session import backbone_dtype, pick_device, prepare
 from ..training.dataset import DSTStreamDataset, StreamCollator, model_inputs
 

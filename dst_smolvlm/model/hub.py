@@ -34,7 +34,7 @@ The package registers the architecture. The steps are given as text, and may be 
 
 ```python
 import numpy as np
-from {package}.model.modeling import load_pretrained
+from {package}.model.checkpoints import load_pretrained
 from {package}.streaming.runner import StreamRunner
 
 model, layout = load_pretrained('.')            # this folder, or the name of its repository

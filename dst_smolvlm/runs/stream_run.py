@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..core.config import InputError, atomic_write, check_outputs, environment
 from ..data.frames import iter_frames, prefetch
 from ..data.schema import VideoRecord
-from ..model.modeling import checkpoint_hash, load_pretrained
+from ..model.checkpoints import checkpoint_hash, load_pretrained
 from ..streaming.recorder import trace_header
 from ..streaming.runner import StreamRunner
 from ..streaming.session import (

@@ -23,7 +23,7 @@ from ..data.probe import list_errors
 from ..evaluation.baselines import baseline_trace
 from ..evaluation.threshold_tuning import tune_thresholds, with_thresholds
 from ..metrics.scores import COLUMNS, score_traces
-from ..model.modeling import load_model, save_model
+from ..model.checkpoints import load_model, save_model
 from ..streaming.session import runner_options, stream_record
 from ..training.adapters import adapt, quantization
 from ..training.dataset import DSTStreamDataset, StreamCollator

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..core.config import InputError, atomic_write, check_outputs
 from ..core.parallel import check_device, launched_place, uses_cpu
 from ..data.probe import list_errors, probe_videos
-from ..model.modeling import load_model
+from ..model.checkpoints import load_model
 from .feature_store import DTYPES, FeatureStore, encode_video, encoder_fingerprint, list_videos, write_tokens
 from ..world.scenes import Video
 from ..world.toy_world import Scene

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..core.config import InputError
 from ..core.parallel import check_launched
 from ..data.probe import list_errors
-from ..model.modeling import quiet, save_model
+from ..model.checkpoints import quiet, save_model
 from .adapters import AdapterTraining
 from .dataset import LengthGroupedSampler, model_inputs
 from .lora import is_adapted, merged
