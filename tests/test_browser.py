@@ -83,7 +83,8 @@ def test_timeline_widget_moves(tmp_path):
     with jupyterlab(tmp_path/'nbs', tmp_path/'home') as url, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=chromium_args)
         page = browser.new_page(viewport=dict(width=1400, height=1000))
-        assert run_all_cells(page, url('viz.timeline_widget.ipynb')) == dict(errors=[], not_run=[])
+        notebook = next((root/'nbs').glob('*/*_timeline_widget.ipynb')).relative_to(root/'nbs').as_posix()
+        assert run_all_cells(page, url(notebook)) == dict(errors=[], not_run=[])
 
         widget = page.locator('.jp-OutputArea-output', has=page.locator('.widget-play')).first
         slider, play = widget.locator('.noUi-handle').first, widget.locator('.widget-play button').first
