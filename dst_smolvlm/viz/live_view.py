@@ -12,9 +12,9 @@ from collections import deque
 import numpy as np
 
 from ..core.config import InputError
-from ..core.states import COMPLETED, IN_PROGRESS, STATE_NAMES
+from ..core.states import COMPLETED, IN_PROGRESS, STATE_COLORS, STATE_NAMES
 from .canvas import INK, PALE, TINT, Canvas, clock_text, cut_text, faded, fit_image, plain_line, wrap_text
-from .state_strip import MARK_COLORS, SPEAK, STATE_COLORS, UPDATE, WIDEST, LaneStrip
+from .state_strip import MARK_COLORS, SPEAK, UPDATE, WIDEST, LaneStrip
 
 # %% ../../nbs/06_viz/03_live_view.ipynb #36bc3219
 class _Steps:

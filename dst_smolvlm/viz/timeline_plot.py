@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..core.states import STATE_NAMES, frames_within, state_changes
+from ..core.states import STATE_COLORS, STATE_NAMES, frames_within, state_changes
 from ..data.schema import VideoRecord
 from ..streaming.reference_traces import reference_speech
 from ..streaming.trace import Trace
-from .state_strip import SPEAK, STATE_COLORS, UPDATE, WRONG, state_strip
+from .state_strip import SPEAK, UPDATE, WRONG, state_strip
 
 # %% ../../nbs/06_viz/01_timeline_plot.ipynb #3dfdab80
 def _lane_inches(num_steps: int) -> float:

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..core.config import InputError
-from ..core.states import STATE_NAMES
+from ..core.states import STATE_COLORS, STATE_NAMES
 from ..data.schema import VideoRecord
 from ..streaming.reference_traces import reference_speech
 from ..streaming.trace import Trace
-from .state_strip import SPEAK, STATE_COLORS, UPDATE, WRONG
+from .state_strip import SPEAK, UPDATE, WRONG
 from .timeline_plot import timeline_figure
 
 # %% ../../nbs/06_viz/05_timeline_widget.ipynb #5fa9cf24
