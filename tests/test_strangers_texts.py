@@ -398,7 +398,7 @@ def test_companions_in_an_archive_of_a_folder(tmp_path, name, before):
 
 
 def test_bombs_are_refused_by_name(tmp_path, monkeypatch):
-    for limit in ('LARGEST_UNPACKED', 'ALWAYS_ALLOWED'): monkeypatch.setattr(f'dst_smolvlm.data.files.{limit}', 2**20)
+    for limit in ('LARGEST_UNPACKED', 'ALWAYS_ALLOWED'): monkeypatch.setattr(f'dst_smolvlm.core.archives.{limit}', 2**20)
     zeros = b' '*(3 << 20)
     (tmp_path/'a.json.gz').write_bytes(gzip.compress(zeros))
     (tmp_path/'b.jsonl.gz').write_bytes(gzip.compress(zeros))

@@ -6,7 +6,6 @@
 __all__ = ['playing_time', 'find_videos', 'VideoLengths', 'video_lengths']
 
 # %% ../../nbs/01_data/07_video_files.ipynb #317a8f30
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -14,10 +13,12 @@ from pathlib import Path
 
 import av
 from av.format import ContainerFormat
+from fastcore.basics import patch
 
 from ..core.config import InputError
 from ..core.text import composed
 from .container import open_source, video_stream
+from .files import walk_once
 from .frames import last_source_frame
 from .schema import RecordError
 
@@ -61,12 +62,7 @@ def find_videos(folder) -> tuple[list[Path], list[Path], list[RecordError]]:
     "Files below a folder with the ending of a video, in order; those with an ending that is not known; warnings for what was skipped."
     (videos, others), found, unknown, problems = _endings(), [], [], []
     def skip(path, why): problems.append(RecordError(path, why, kind='skipped', warning=True))
-    seen = set()                                                         # folders; a link may lead to one of them again
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
+    for place, folders, names in walk_once(folder):
         for name in sorted(folders):
             if why := _skipped(Path(place, name)):
                 folders.remove(name)
@@ -111,6 +107,14 @@ class _Names:
         return next((name for name in reversed(self._above(path)) if len(self.folders[name]) == 1 and name not in self.stems[0]), '')
 
 # %% ../../nbs/01_data/07_video_files.ipynb #f1b31733
+def _has_video(path) -> bool:
+    "Whether FFmpeg sees a moving video in a file; one that is broken may have had some if its ending says so."
+    try:
+        with open_source(path, 10) as container:
+            return video_stream(container) is not None and not container.format.name.endswith('_pipe')      # how FFmpeg calls stills
+    except (InputError, OSError): return path.suffix.lower() in _endings()[0]
+
+# %% ../../nbs/01_data/07_video_files.ipynb #c9434e00
 class VideoLengths(Mapping):
     "Seconds of the videos in a folder, by the names that records give them; a file is opened when it is asked for, and once."
     def __init__(self, folder):
@@ -119,19 +123,6 @@ class VideoLengths(Mapping):
         self._listed = [name for name in map(self._names.name, known) if name]
         if not known and not any(map(_has_video, unknown)):
             raise RecordError(folder, 'a folder without videos' if Path(folder).is_dir() else 'no such folder', kind='no video')
-
-    def path(self, uid) -> Path | None:
-        "The file of a video, or None if there is none, or more than one."
-        if uid not in self._paths:
-            unknown = (p for p in self._names.of_files(uid, 1) if _has_video(p))
-            files = self._names.of_files(uid, 0) or list(unknown) or self._names.of_folders(uid)
-            files = list({p.resolve(): p for p in files}.values())                # links to one file are one
-            if len(files) > 1: files = [p for p in files if _has_video(p)]     # not the sound that lies beside
-            if len(files) > 1:
-                others = f'{files[1]}' + (f' and {len(files) - 2} more' if len(files) > 2 else '')
-                self._warn(files[0], f'ambiguous: may also be {others}; none is taken, move or rename the others', uid, 'ambiguous')
-            self._paths[uid] = files[0] if len(files) == 1 else None
-        return self._paths[uid]
 
     def __getitem__(self, uid) -> float:
         path = self.path(uid)
@@ -147,13 +138,21 @@ class VideoLengths(Mapping):
     def __len__(self): return len(self._listed)
     def _warn(self, path, why, uid, kind): self.problems.append(RecordError(path, why, uid, kind=kind, warning=True))
 
-def _has_video(path) -> bool:
-    "Whether FFmpeg sees a moving video in a file; one that is broken may have had some if its ending says so."
-    try:
-        with open_source(path, 10) as container:
-            return video_stream(container) is not None and not container.format.name.endswith('_pipe')      # how FFmpeg calls stills
-    except (InputError, OSError): return path.suffix.lower() in _endings()[0]
-
 def video_lengths(folder) -> VideoLengths:
     "Seconds of every video in a folder, by the name that a record gives it."
     return VideoLengths(folder)
+
+# %% ../../nbs/01_data/07_video_files.ipynb #b938fb31
+@patch
+def path(self:VideoLengths, uid) -> Path | None:
+    "The file of a video, or None if there is none, or more than one."
+    if uid not in self._paths:
+        unknown = (p for p in self._names.of_files(uid, 1) if _has_video(p))
+        files = self._names.of_files(uid, 0) or list(unknown) or self._names.of_folders(uid)
+        files = list({p.resolve(): p for p in files}.values())                # links to one file are one
+        if len(files) > 1: files = [p for p in files if _has_video(p)]     # not the sound that lies beside
+        if len(files) > 1:
+            others = f'{files[1]}' + (f' and {len(files) - 2} more' if len(files) > 2 else '')
+            self._warn(files[0], f'ambiguous: may also be {others}; none is taken, move or rename the others', uid, 'ambiguous')
+        self._paths[uid] = files[0] if len(files) == 1 else None
+    return self._paths[uid]
