@@ -24,8 +24,6 @@ def delimiter_of(line: str) -> str:
     return '\t' if '\t' in bare else max(',;|', key=bare.count)
 
 # %% ../../nbs/01_data/05_delimited.ipynb #bbe7b3ad
-LONGEST_ROW = 1000      # lines; a quote that is open for longer was never closed
-
 class Row(NamedTuple):
     "One row of a delimited text."
     line: int            # on which it begins, from 1
@@ -33,6 +31,36 @@ class Row(NamedTuple):
     wrong: str = ''      # what is the matter with it, if anything
     taken: int = 1       # lines
 
+_NUMBER = re.compile(r'-?\d+([.,:]\d+)*')          # a clock is one, too
+
+def _kind(field: str) -> str:
+    "What a field may be: a number, prose that goes on behind a blank, or a word."
+    if _NUMBER.fullmatch(field.strip(' "')): return 'number'
+    return 'prose' if field[:1] == ' ' else 'word'
+
+def _alike(a: list[str], b: list[str], width: int) -> bool:
+    "Are the fields of two lines of one kind, column by column?"
+    return all(_kind(x) == _kind(y) for x, y, _ in zip(a, b, range(width or len(a))))
+
+# %% ../../nbs/01_data/05_delimited.ipynb #8bdd1268
+LONGEST_ROW = 1000      # lines; a quote that is open for longer was never closed
+
+def _quoted(lines, at, delimiter, width, complete) -> tuple[list[str], int, str]:
+    "(fields, lines taken, what is wrong) of the row at a line that holds a quote."
+    rows = csv.reader((lines[i] + '\n' for i in range(at, min(at + LONGEST_ROW, len(lines)))), delimiter=delimiter, strict=True)
+    plain = lines[at].split(delimiter)
+    try: fields, wrong = next(rows), ''
+    except csv.Error as e: fields, wrong = plain, 'a quote is not closed' if 'unexpected end' in str(e) else str(e)
+    taken = lines[at:at + rows.line_num]
+    if not wrong and len(taken) > 1:
+        within = [text.split(delimiter) for text in taken[1:]]
+        swallowed = complete(plain) and any(complete(line) and _alike(plain, line, width) for line in within)
+        if swallowed or width and len(fields) != width: wrong = 'a quote is not closed'
+    if not wrong: return fields, len(taken), ''
+    if delimiter == '\t': return [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in plain], 1, ''
+    return plain, 1, f'not a row of a table ({wrong})'
+
+# %% ../../nbs/01_data/05_delimited.ipynb #384e2b75
 def read_rows(
     lines: list[str], delimiter: str,
     at: int = 0,                                    # the index of the first line
@@ -50,29 +78,6 @@ def read_rows(
         if not wrong and '\0' in lines[at]: wrong = 'holds zero bytes; the file is damaged'
         if any(map(str.strip, fields)): yield Row(at + 1, fields, wrong, taken)
         at += taken
-
-def _quoted(lines, at, delimiter, width, complete) -> tuple[list[str], int, str]:
-    "(fields, lines taken, what is wrong) of the row at a line that holds a quote."
-    rows = csv.reader((lines[i] + '\n' for i in range(at, min(at + LONGEST_ROW, len(lines)))), delimiter=delimiter, strict=True)
-    plain = lines[at].split(delimiter)
-    try: fields, wrong = next(rows), ''
-    except csv.Error as e: fields, wrong = plain, 'a quote is not closed' if 'unexpected end' in str(e) else str(e)
-    taken = lines[at:at + rows.line_num]
-    if not wrong and len(taken) > 1:
-        swallowed = complete(plain) and any(complete(line := text.split(delimiter)) and _alike(plain, line, width) for text in taken[1:])
-        if swallowed or width and len(fields) != width: wrong = 'a quote is not closed'
-    if not wrong: return fields, len(taken), ''
-    if delimiter == '\t': return [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in plain], 1, ''
-    return plain, 1, f'not a row of a table ({wrong})'
-
-def _alike(a: list[str], b: list[str], width: int) -> bool:
-    "Are the fields of two lines of one kind, column by column?"
-    def kind(field):
-        if _NUMBER.fullmatch(field.strip(' "')): return 'number'
-        return 'prose' if field[:1] == ' ' else 'word'
-    return all(kind(x) == kind(y) for x, y, _ in zip(a, b, range(width or len(a))))
-
-_NUMBER = re.compile(r'-?\d+([.,:]\d+)*')          # a clock is one, too
 
 # %% ../../nbs/01_data/05_delimited.ipynb #fede452e
 @dataclass
@@ -92,6 +97,9 @@ class Lines:
         "The first line that is not blank."
         return next(filter(str.strip, self.lines), '')
 
+# %% ../../nbs/01_data/05_delimited.ipynb #68baa992
+_SEPARATOR = re.compile(r'\s*"?sep=[,;|\t]"?\s*')         # the first line of a spreadsheet may say what separates
+
 def read_header(lines: list[str]) -> tuple[list[str], str, int]:
     "(columns, delimiter, index of the line after) of the header of a text."
     at = next((i for i, line in enumerate(lines) if line.strip() and not _SEPARATOR.fullmatch(line)), len(lines))
@@ -99,7 +107,8 @@ def read_header(lines: list[str]) -> tuple[list[str], str, int]:
     header = next(read_rows(lines, delimiter, at, complete=lambda fields: False), Row(at, []))
     return [one_line(name.strip('\ufeff')) for name in header.fields], delimiter, at + header.taken
 
-_SEPARATOR = re.compile(r'\s*"?sep=[,;|\t]"?\s*')         # the first line of a spreadsheet may say what separates
+# %% ../../nbs/01_data/05_delimited.ipynb #f4369a2c
+_DECIMAL = re.compile(r'\s*-?(?:\d+:){0,2}\d+,\d+\s*')
 
 def read_table(lines: list[str], columns: list[str], delimiter: str, at: int) -> Table:
     "The rows below a header; of columns with one name the first counts."
@@ -112,5 +121,3 @@ def read_table(lines: list[str], columns: list[str], delimiter: str, at: int) ->
             if name: row.setdefault(name, value)
         table.rows.append((line, row))
     return table
-
-_DECIMAL = re.compile(r'\s*-?(?:\d+:){0,2}\d+,\d+\s*')      # where semicolons separate, the comma stands before the decimals
