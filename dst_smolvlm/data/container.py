@@ -81,6 +81,35 @@ def video_stream(container):
         return long, many, not still, s.width*s.height, s.disposition & Disposition.default, -s.index
     return max(streams, key=rank, default=None)
 
+# %% ../../nbs/01_data/01_container.ipynb #7bae200a
+_OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the video stream is,
+_ALL = 'matroska,webm', 'flv', 'asf', 'mxf'                              # and those that say how long all of the file is
+
+def in_seconds(stamp: int, base: Fraction) -> float:
+    "A time-stamp in units of `base` seconds, as exact as a Fraction and much faster."
+    return stamp*base.numerator/base.denominator
+
+def usual_duration(stream) -> int:
+    "How long a source frame is shown where nothing else says it, in the stream's own units."
+    rate = stream.average_rate or stream.guessed_rate
+    return round(1/(rate*stream.time_base)) if rate else 0
+
+def _promised(container, stream) -> Fraction | float:
+    "How many seconds a file says that the stream lasts, or all of the file."
+    kind, base = container.format.name, stream.time_base
+    if kind not in _OWN: return (container.duration or 0)/av.time_base
+    known = (stream.duration or 0)*base
+    if kind == 'avi': known = max(known, stream.frames*usual_duration(stream)*base)    # the length shrinks with the file, this number not
+    return known
+
+# %% ../../nbs/01_data/01_container.ipynb #52c1727a
+def _check_length(times: dict[int, tuple[float, float]], container, stream, name):
+    "Raises an `InputError` where the packets end before the file should; `times` holds the first and last second of each stream."
+    kind, known, usual = container.format.name, _promised(container, stream), usual_duration(stream)*stream.time_base
+    reached = times.get(stream.index, (0, 0))[1] if kind in _OWN else max((end for _, end in times.values()), default=0)
+    if kind in _OWN + _ALL and reached < known - .5 - usual:
+        raise InputError(f'{name}: cut off after {reached:.1f} s of {float(known):.1f} s')
+
 # %% ../../nbs/01_data/01_container.ipynb #63ac68a9
 def _boxes(path) -> Iterator[tuple[bytes, int]]:
     "Kind and place of the outermost boxes of an MP4."
@@ -111,23 +140,26 @@ def _second_film(container, last: int) -> bool:
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return len(list(islice(re.finditer(_SIGNATURES[kind], content), 2))) == 2
 
-# %% ../../nbs/01_data/01_container.ipynb #7bae200a
-_OWN = 'mov,mp4,m4a,3gp,3g2,mj2', 'avi'                                  # FFmpeg's formats that say how long the video stream is,
-_ALL = 'matroska,webm', 'flv', 'asf', 'mxf'                              # and those that say how long all of the file is
+# %% ../../nbs/01_data/01_container.ipynb #319fd3bd
 _ANEW = 0x200                                                            # AVFMT_TS_DISCONT: a format whose clock may start anew
 
-def in_seconds(stamp: int, base: Fraction) -> float:
-    "A time-stamp in units of `base` seconds, as exact as a Fraction and much faster."
-    return stamp*base.numerator/base.denominator
+def _check_joined(times: dict[int, tuple[float, float]], places: dict[int, tuple[int, int]], container, stream, name):
+    "Raises an `InputError` where another recording follows; `places` holds the first and last byte of each stream."
+    (begin, end), (first, last) = (of.get(stream.index, (0, 0)) for of in (times, places))
+    joined = 'two recordings were joined; convert the second by itself'
+    if _second_film(container, max((b for _, b in places.values()), default=0)):
+        read = float(_promised(container, stream)) if container.format.name in _OWN else end - begin
+        raise InputError(f'{name}: cannot be read beyond {read:.1f} s, though the file goes on; {joined}')
+    for other in container.streams.video if container.format.flags & _ANEW else ():
+        a, b = places.get(other.index, (first, last))
+        if a > last or b < first:
+            begin, end = times[stream.index if a > last else other.index]
+            raise InputError(f'{name}: after {end - begin:.1f} s the video goes on in another stream; {joined}')
 
-def usual_duration(stream) -> int:
-    "How long a source frame is shown where nothing else says it, in the stream's own units."
-    rate = stream.average_rate or stream.guessed_rate
-    return round(1/(rate*stream.time_base)) if rate else 0
-
+# %% ../../nbs/01_data/01_container.ipynb #8774ff67
 def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
     "The stream's packets, of all packets of a file; an `InputError` at their end if that is not the end of the file."
-    usual, times, places = usual_duration(stream), {}, {}                # of each stream: first and last time-stamp, first and last byte
+    times, places = {}, {}                                               # of each stream: first and last time-stamp, first and last byte
     def stretch(of, index, first, last):
         begin, end = of.get(index, (first, last))
         of[index] = min(first, begin), max(last, end)
@@ -137,23 +169,8 @@ def _complete(packets, container, stream, name) -> Iterator[av.Packet]:
         if place and packet.size: stretch(places, index, place, place + packet.size)
         if index == stream.index: yield packet
     times = {i: tuple(in_seconds(stamp, container.streams[i].time_base) for stamp in stretched) for i, stretched in times.items()}
-    kind, (begin, end), (first, last) = container.format.name, *(of.get(stream.index, (0, 0)) for of in (times, places))
-    own = kind in _OWN
-    known = (stream.duration or 0)*stream.time_base if own else (container.duration or 0)/av.time_base
-    if kind == 'avi': known = max(known, stream.frames*usual*stream.time_base)       # the length shrinks with the file, the number does not
-    reached = end if own else max((b for _, b in times.values()), default=0)
-    if kind in _OWN + _ALL and reached < known - .5 - usual*stream.time_base:
-        raise InputError(f'{name}: cut off after {reached:.1f} s of {float(known):.1f} s')
-    joined = 'two recordings were joined; convert the second by itself'
-    last_byte = max((b for _, b in places.values()), default=0)
-    if _second_film(container, last_byte):
-        read = float(known) if own else end - begin
-        raise InputError(f'{name}: cannot be read beyond {read:.1f} s, though the file goes on; {joined}')
-    for other in container.streams.video if container.format.flags & _ANEW else ():
-        a, b = places.get(other.index, (first, last))
-        if a > last or b < first:
-            begin, end = times[stream.index if a > last else other.index]
-            raise InputError(f'{name}: after {end - begin:.1f} s the video goes on in another stream; {joined}')
+    _check_length(times, container, stream, name)
+    _check_joined(times, places, container, stream, name)
 
 # %% ../../nbs/01_data/01_container.ipynb #86134fb4
 def _whole(packets, name, skip, base) -> Iterator[av.Packet]:
