@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AnySeconds', 'LEVELS', 'Id', 'Words', 'LABELS', 'seconds_of', 'length_of', 'Source', 'Format', 'validate_row', 'has',
            'Foreign', 'Span', 'name_of', 'collect_steps', 'SaidTurn', 'read_turns', 'warn_lost', 'event_times',
-           'dialogue_of', 'find_format', 'or_list_of', 'items', 'table_format', 'nearly']
+           'dialogue_of', 'Sample', 'find_format', 'or_list_of', 'items', 'table_format', 'nearly']
 
 # %% ../../nbs/01_data/08_readers.ipynb #430decc9
 import difflib, math, re
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
 from ..core.states import frame_of
 from .delimited import Table
@@ -172,6 +172,23 @@ def dialogue_of(metadata: dict | None, clip: int | None) -> str:
     metadata = metadata or {}
     user = metadata.get('user_id') or '_'.join(str(metadata[k]) for k in ('user_type', 'conversation_index') if k in metadata)
     return '-'.join(filter(None, (str(user), f'clip{clip}' if clip else '')))
+
+# %% ../../nbs/01_data/08_readers.ipynb #96f6bd37
+class Sample(Foreign):
+    "A conversation about one video, on a grid of frames."
+    video_uid: str = Field(min_length=1)
+    dataset: str = 'proassist'
+    fps: float = Field(2., gt=0, le=240)
+    end_frame_idx: Any = None
+    clip_idx: int | None = None
+    metadata: dict | None = None
+
+    def seconds(self, source: Source, events: Iterable[float]) -> float:
+        "How far the sample says that it goes, else as far as its `events`."
+        return source.length(self.video_uid, 'end_frame_idx', self.end_frame_idx, events, self.fps, 1/self.fps)
+
+    @property
+    def dialogue(self) -> str: return dialogue_of(self.metadata, self.clip_idx)
 
 # %% ../../nbs/01_data/08_readers.ipynb #d6e74100
 def find_format(data, formats: Iterable[Format]) -> Format | None:

@@ -8,14 +8,13 @@ __all__ = ['DST_FORMATS', 'ListedStep', 'TreeNode', 'Stamps', 'tree_nodes', 'dst
 
 # %% ../../nbs/01_data/09_readers_dst.ipynb #3bc1784c
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic import AliasChoices, AliasPath, Field
 
 from ..core.text import one_line
 from .delimited import Table
 from .readers import (
-    LEVELS, AnySeconds, Foreign, Format, Id, Source, Span, Words, dialogue_of, event_times, has, items, name_of, or_list_of, read_turns,
+    LEVELS, AnySeconds, Foreign, Format, Id, Sample, Source, Span, Words, event_times, has, items, name_of, or_list_of, read_turns,
     table_format, validate_row, warn_lost)
 from .schema import RecordError, VideoRecord, validate
 
@@ -84,18 +83,12 @@ def _stamped_steps(mapping: dict, source: Source, record: str, at: str) -> list[
     return steps
 
 # %% ../../nbs/01_data/09_readers_dst.ipynb #d35df359
-class DSTSample(Foreign):
+class DSTSample(Sample):
     "A conversation about one video, with its steps under `dst`."
-    video_uid: str = Field(min_length=1)
-    dataset: str = 'proassist'
-    fps: float = Field(2., gt=0, le=240)
-    end_frame_idx: Any = None
     goal: Words = Field('', alias='inferred_goal')
     knowledge: Words = Field('', alias='inferred_knowledge')
     conversation: list = Field(validation_alias=AliasChoices('conversation', 'dialog'), default=[])
     dst: list | dict
-    clip_idx: int | None = None
-    metadata: dict | None = None
 
 def read_dst(data, source: Source) -> VideoRecord:
     "A sample of the DST format."
@@ -104,8 +97,7 @@ def read_dst(data, source: Source) -> VideoRecord:
     turns = read_turns(sample.conversation, source, uid, skip=('system', 'DST_UPDATE'))
     _check_updates(sample, steps, source)
     fields = dict(video_uid=uid, dataset=sample.dataset, fps=sample.fps, goal=sample.goal, knowledge=sample.knowledge, steps=steps,
-                  turns=turns, dialogue=dialogue_of(sample.metadata, sample.clip_idx),
-                  duration=source.length(uid, 'end_frame_idx', sample.end_frame_idx, event_times(steps, turns), sample.fps, 1/sample.fps))
+                  turns=turns, dialogue=sample.dialogue, duration=sample.seconds(source, event_times(steps, turns)))
     return validate(VideoRecord, fields, source.file, uid)
 
 # %% ../../nbs/01_data/09_readers_dst.ipynb #0cd3ea53

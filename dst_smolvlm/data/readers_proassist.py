@@ -10,15 +10,14 @@ __all__ = ['PROASSIST_FORMATS', 'Printed', 'parse_printed', 'read_printed', 'Gen
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
 from ..core.states import frame_of
 from .delimited import Lines
-from dst_smolvlm.data.readers import (
-    LEVELS, Foreign, Format, Source, Words, collect_steps, dialogue_of, event_times, has, items, name_of, or_list_of, read_turns,
-    seconds_of)
+from .readers import (
+    LEVELS, Foreign, Format, Sample, Source, Words, collect_steps, event_times, has, items, name_of, or_list_of, read_turns, seconds_of)
 from .schema import BACKWARDS, RecordError, VideoRecord, validate
 
 # %% ../../nbs/01_data/10_readers_proassist.ipynb #fd5e555f
@@ -122,16 +121,10 @@ def _conversations(data) -> list[tuple[dict, int]]:
     return [(d, i) for d in items for i in range(len(d['conversations']) if has(d, conversations=list) else 1)]
 
 # %% ../../nbs/01_data/10_readers_proassist.ipynb #268f0c1a
-class Prepared(Foreign):
+class Prepared(Sample):
     "A prepared conversation."
-    video_uid: str = Field(min_length=1)
-    dataset: str = 'proassist'
-    fps: float = Field(2., gt=0, le=240)
-    end_frame_idx: Any = None
-    clip_idx: int | None = None
     sample_idx: int | None = None
     conversation: list
-    metadata: dict | None = None
 
 class FramesTurn(Foreign):
     start: int = Field(ge=0)
@@ -150,12 +143,12 @@ def read_prepared(data, source: Source) -> VideoRecord:
             why = f'the frames before it end at {before.end}'
             source.warn(why, uid, f'conversation[{i}].start', after.start, kind='frames do not join')
     seen = [f.end/sample.fps for _, f in frames] + [t.time for t in turns]
-    end = round(source.length(uid, 'end_frame_idx', sample.end_frame_idx, seen, sample.fps, 1/sample.fps)*sample.fps)
+    end = round(sample.seconds(source, seen)*sample.fps)
     last = max([end, *(frame_of(t.time, sample.fps) for t in turns)])
     last, meta = min(last, end + 2), sample.metadata or {}          # a turn far beyond the frames is no part of the video
     fields = dict(video_uid=uid, dataset=sample.dataset, fps=sample.fps, duration=last/sample.fps, steps=[], turns=turns,
                   goal=meta.get('task_goal') or '', knowledge=meta.get('knowledge') or _told(sample.conversation),
-                  dialogue=dialogue_of(meta, sample.clip_idx) or (f'sample_{sample.sample_idx}' if sample.sample_idx is not None else ''))
+                  dialogue=sample.dialogue or (f'sample_{sample.sample_idx}' if sample.sample_idx is not None else ''))
     return validate(VideoRecord, fields, source.file, uid)
 
 def _told(conversation: list) -> str:
