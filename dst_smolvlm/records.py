@@ -96,7 +96,8 @@ def main(argv=None):
     own = _check_names(args)
     lengths = Lengths(read_lengths(args.lengths) if args.lengths else {}, video_lengths(args.videos) if args.videos else {})
     out, report = getattr(args, 'out', None), args.report
-    read = lambda paths: read_entries(paths, args.level, lengths, args.policy, True, own)
+    def read(paths): return read_entries(paths, args.level, lengths, args.policy, True, own)
+
     entries = join_entries(read(args.paths), read(args.steps), lengths, args.policy) if args.command == 'join' else read(args.paths)
     entries = itertools.chain(entries, lengths.entries(args.videos))
     if out is None: summary = check(entries, report)
