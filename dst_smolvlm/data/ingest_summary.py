@@ -10,6 +10,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
+from fastcore.basics import patch
+
 from ..core.config import atomic_write
 from .ingest import Entry
 
@@ -45,19 +47,23 @@ class Summary:
     @property
     def records(self) -> int: return sum(row['records'] for row in self.formats.values())
 
-    def to_dict(self) -> dict:
-        "The counts, as JSON can hold them."
-        kinds = [dict(severity=s, kind=k, count=n, first=self.first[s, k]) for (s, k), n in sorted(self.kinds.items())]
-        return dict(formats=[dict(format=name) | row for name, row in self.formats.items()], kinds=kinds)
+# %% ../../nbs/01_data/14_ingest_summary.ipynb #6360da77
+@patch
+def to_dict(self:Summary) -> dict:
+    "The counts, as JSON can hold them."
+    kinds = [dict(severity=s, kind=k, count=n, first=self.first[s, k]) for (s, k), n in sorted(self.kinds.items())]
+    return dict(formats=[dict(format=name) | row for name, row in self.formats.items()], kinds=kinds)
 
-    def __str__(self):
-        total = {c: sum(row[c] for row in self.formats.values()) for c in self.COLUMNS} | dict(files=len({f for _, f in self._files}))
-        width = max(24, *map(len, self.formats), 0)
-        lines = [f'{"format":{width}}' + ''.join(f'{c:>10}' for c in self.COLUMNS)]
-        for name, row in [*self.formats.items(), ('all', total)]:
-            lines += [f'{name:{width}}' + ''.join(f'{row[c]:10}' for c in self.COLUMNS)]
-        for (severity, kind), n in sorted(self.kinds.items()): lines += ['', f'{n} × {severity}: {kind}', f'  {self.first[severity, kind]}']
-        return '\n'.join(lines)
+# %% ../../nbs/01_data/14_ingest_summary.ipynb #cd63d276
+@patch
+def __str__(self:Summary):
+    total = {c: sum(row[c] for row in self.formats.values()) for c in self.COLUMNS} | dict(files=len({f for _, f in self._files}))
+    width = max(24, *map(len, self.formats), 0)
+    lines = [f'{"format":{width}}' + ''.join(f'{c:>10}' for c in self.COLUMNS)]
+    for name, row in [*self.formats.items(), ('all', total)]:
+        lines += [f'{name:{width}}' + ''.join(f'{row[c]:10}' for c in self.COLUMNS)]
+    for (severity, kind), n in sorted(self.kinds.items()): lines += ['', f'{n} × {severity}: {kind}', f'  {self.first[severity, kind]}']
+    return '\n'.join(lines)
 
 # %% ../../nbs/01_data/14_ingest_summary.ipynb #b8cea7dd
 REPORT = '{"problems": ['       # what the file of a report begins with
