@@ -191,7 +191,7 @@ def check_outputs(
     within: bool = True,  # nor may it replace a file in a folder that is read
 ):
     "Raises `InputError` where a file that will be written is also read, or is written twice."
-    paths_of = lambda given: given if isinstance(given, list | tuple) else [given]
+    def paths_of(given): return given if isinstance(given, list | tuple) else [given]
     read = [(name, Path(p)) for name, given in inputs.items() for p in paths_of(given) if isinstance(p, str | os.PathLike)]
     written = []
     for name, path in ((name, Path(p)) for name, p in outputs.items()):

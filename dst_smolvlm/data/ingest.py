@@ -52,10 +52,7 @@ def values_of(file: File) -> Iterator[tuple[str, object]]:
     "(place, value) of everything that a file holds; a `RecordError` stands in for what could not be parsed."
     if file.suffix in ('.jsonl', '.ndjson'):
         for place, line in json_lines(file):
-            if isinstance(line, RecordError):
-                yield place, line
-                continue
-            try: yield place, parse_json(line, file.name, place)
+            try: yield place, line if isinstance(line, RecordError) else parse_json(line, file.name, place)
             except RecordError as e: yield place, _hint(e, 'a line of .jsonl must be a whole record')
     elif file.suffix in ('.tsv', '.csv', '.txt'): yield '', tabular(read_text(file.open, file.name))
     else:
@@ -97,7 +94,7 @@ class Seen:
     def view(self, record: VideoRecord, video: str) -> str:
         "The `view` of a record whose video file is `video`: its own, unless that is the name of another file."
         if not video: return record.view
-        take = lambda name: self.videos.setdefault(name, hash(video)) == hash(video)
+        def take(name): return self.videos.setdefault(name, hash(video)) == hash(video)
         folders, name = Path(video).parent.parts, os.path.splitext(os.path.basename(video))[0]
         own, stem_is_free = take(record.view_uid), take(f'{record.video_uid}/{name}')
         if own: return record.view
@@ -113,14 +110,16 @@ class Seen:
             return None
         file, place, before = self.records[record.uid]
         pairs = zip(self.FIELDS, struct.unpack('7q', before), now)
-        differ = {name: 'both' if a and b else 'there' if a else 'here' for name, a, b in pairs if a != b}
+        said = {(True, True): 'both', (True, False): 'there', (False, True): 'here'}
+        differ = {name: said[a != 0, b != 0] for name, a, b in pairs if a != b}
         return f'{file}: {place}' if place else file, differ
 
 # %% ../../nbs/01_data/13_ingest.ipynb #e43d5b53
 def compare(record: VideoRecord, seen: Seen, file: str, place: str) -> tuple[VideoRecord | None, list[RecordError]]:
     "The record, by a name that tells it from those before it if there is one, or None if it is one of them; and what is odd."
     video = located(Path(file).parent/record.video) if record.video else ''
-    problem = lambda why, kind, field, value, warning=True: RecordError(file, why, place or record.uid, field, value, kind, warning)
+    def problem(why, kind, field, value, warning=True):
+        return RecordError(file, why, place or record.uid, field, value, kind, warning)
     problems, view = [], seen.view(record, video)
     if view != record.view:
         why = f'another video file than that of an earlier record of {record.view_uid}; it is read as the view {view}'
@@ -151,16 +150,14 @@ def _entries_of(data, place: str, file: File, source: Source) -> Iterator[Entry]
     if not fmt:
         yield Entry(file.name, 'unknown', problems=[_unknown(file, data)])
         return
+    problem, parts = None, []
     if what := fmt.withheld(data):
         why = f'this split is published without {what}; there is nothing to learn or score in it'
-        yield Entry(file.name, fmt.name, problems=[RecordError(file.name, why, place, kind='no labels', warning=True)])
-        return
-    if source.level not in fmt.levels:
-        why = f'{fmt.name} has no level {source.level}'
-        yield Entry(file.name, fmt.name, problems=[RecordError(file.name, why, place, kind='no such level')])
-        return
-    parts = fmt.parts(data)
-    if not len(parts): yield Entry(file.name, fmt.name, problems=[RecordError(file.name, 'holds no record', place, kind='no records')])
+        problem = RecordError(file.name, why, place, kind='no labels', warning=True)
+    elif source.level not in fmt.levels:
+        problem = RecordError(file.name, f'{fmt.name} has no level {source.level}', place, kind='no such level')
+    elif not len(parts := fmt.parts(data)): problem = RecordError(file.name, 'holds no record', place, kind='no records')
+    if problem: yield Entry(file.name, fmt.name, problems=[problem])
     for i, part in enumerate(parts):
         entry = Entry(file.name, fmt.name)
         try: entry.record = fmt.read(part, source)
@@ -206,6 +203,26 @@ def _entries_in(file: File, level: str, lengths: Mapping) -> Iterator[tuple[Entr
         else: yield from ((entry, place) for entry in _entries_of(data, place, file, source))
     if empty: raise RecordError(file.name, 'holds no record', kind='no records')
 
+# %% ../../nbs/01_data/13_ingest.ipynb #606837cf
+NO_STEPS = ('speech, but no steps with times, so no states can be learned from it; if an annotation of the same video has them: '
+            'python -m dst_smolvlm.records join THIS --steps ANNOTATION --out records.jsonl')
+
+def _oddities(record: VideoRecord) -> Iterator[tuple]:
+    "(why, kind, field, value, whether it is only a warning) for what is odd in a record that is right by itself."
+    if not record.steps and not record.turns: yield 'neither steps nor turns', 'empty', '', None, False
+    elif not record.steps: yield NO_STEPS, 'no steps', 'steps', None, True
+    for i, step in enumerate(record.steps):
+        for j, (start, stop) in enumerate(step.spans):
+            if start < 0 < stop:
+                why = 'begins before the video, and a negative start means that the step was skipped; write 0 if it was not'
+                yield why, 'starts before the video', f'steps[{i}].spans[{j}]', [start, stop], True
+    for i, turn in enumerate(record.turns):
+        at, kind = f'turns[{i}].time', 'turn outside the video'
+        if turn.role == 'system': continue
+        if turn.time < 0: yield 'before the video begins; heard at its first frame', kind, at, turn.time, True
+        elif frame_of(turn.time, record.fps) >= record.num_frames() and turn.time <= record.duration + 1/record.fps:
+            yield 'after the last frame, so that none hears it', kind, at, turn.time, True
+
 # %% ../../nbs/01_data/13_ingest.ipynb #7c46d3b2
 def examine(entry: Entry, place: str, seen: Seen, lengths: Mapping, policy: str, look: bool) -> Entry:
     "The entry with what can only be said of a finished record; its record is gone if that is an error."
@@ -216,18 +233,7 @@ def examine(entry: Entry, place: str, seen: Seen, lengths: Mapping, policy: str,
     where = place or record.uid
     def say(why, kind, field='', value=None, warning=True):
         entry.problems.append(RecordError(entry.file, why, where, field, value, kind, warning))
-    if not record.steps and not record.turns: say('neither steps nor turns', 'empty', warning=False)
-    elif not record.steps: say(NO_STEPS, 'no steps', 'steps')
-    for i, step in enumerate(record.steps):
-        for j, (start, stop) in enumerate(step.spans):
-            if start < 0 < stop:
-                why = 'begins before the video, and a negative start means that the step was skipped; write 0 if it was not'
-                say(why, 'starts before the video', f'steps[{i}].spans[{j}]', [start, stop])
-    for i, turn in enumerate(record.turns):
-        if turn.role == 'system': continue
-        if turn.time < 0: say('before the video begins; heard at its first frame', 'turn outside the video', f'turns[{i}].time', turn.time)
-        elif frame_of(turn.time, record.fps) >= record.num_frames() and turn.time <= record.duration + 1/record.fps:
-            say('after the last frame, so that none hears it', 'turn outside the video', f'turns[{i}].time', turn.time)
+    for odd in _oddities(record): say(*odd)
     seconds = lengths.get(record.view_uid)
     if seconds is None and look and record.video:
         try: seconds = playing_time(Path(entry.file).parent/record.video)
@@ -239,6 +245,3 @@ def examine(entry: Entry, place: str, seen: Seen, lengths: Mapping, policy: str,
     if any(not p.warning for p in entry.problems): entry.record, entry.video_uid = None, record.video_uid
     elif policy == 'clip': entry.record = clip_record(record, seconds)
     return entry
-
-NO_STEPS = ('speech, but no steps with times, so no states can be learned from it; if an annotation of the same video has them: '
-            'python -m dst_smolvlm.records join THIS --steps ANNOTATION --out records.jsonl')

@@ -203,7 +203,7 @@ def items(data) -> list: return data if isinstance(data, list) else [data]
 
 def table_format(name: str, columns: tuple[str, ...], read: Callable, withheld: Callable = lambda table: '', **more) -> Format:
     "The format of tables with these columns, or without those of the labels if they are `withheld`."
-    holds = lambda data: isinstance(data, Table) and ({*columns} <= {*data.columns} or bool(withheld(data)))
+    def holds(data) -> bool: return isinstance(data, Table) and ({*columns} <= {*data.columns} or bool(withheld(data)))
     return Format(name, holds, read, columns=columns, withheld=withheld, **more)
 
 # %% ../../nbs/01_data/08_readers.ipynb #f54f1273
@@ -218,6 +218,6 @@ def nearly(columns: list[str], formats: Iterable[Format]) -> str:
     labels = [c for c in LABELS if c in columns]
     instead = [c for name in missing for c in (labels if name in LABELS else difflib.get_close_matches(name, columns, 2, .5))]
     instead = [c for c in dict.fromkeys(instead) if c not in near.columns]
-    listed = lambda names: f'column{"s"*(len(names) > 1)} {", ".join(names)}'
+    def listed(names): return f'column{"s"*(len(names) > 1)} {", ".join(names)}'
     return f'not {near.name}: the {listed(missing)} {"are" if len(missing) > 1 else "is"} missing' \
         + (f'; there {"are" if len(instead) > 1 else "is a"} {listed(instead)}' if instead else '')

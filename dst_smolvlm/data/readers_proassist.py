@@ -39,7 +39,7 @@ class Printed:
 
     def report(self, source: Source, record: str, at: str = ''):
         "Warn of the lines that were not read, and raise a `RecordError` for one that cannot be."
-        where = lambda n: f'{at} line {n}'.strip()
+        def where(n): return f'{at} line {n}'.strip()
         for n, line in self.backwards: raise RecordError(source.file, BACKWARDS, record, where(n), line, BACKWARDS)
         for n, line in self.left_over:
             source.warn('neither a time nor somebody speaking; left out', record, where(n), line, kind='line not read')

@@ -76,7 +76,8 @@ def _directions(n:int) -> list[tuple[float, float]]:
 def draw_part(draw, part:Part, x:float, y:float, r:float):
     "Draw the palette indices of `part` with radius `r` pixels around (`x`, `y`)."
     look = dict(fill=INDEX[part.colour], outline=INDEX['edge'])
-    ring = lambda n, radii: [(x + q*c, y + q*s) for (c, s), q in zip(_directions(n), radii)]
+    def ring(n, radii): return [(x + q*c, y + q*s) for (c, s), q in zip(_directions(n), radii)]
+
     if part.shape == 'circle': draw.ellipse((x-r, y-r, x+r, y+r), **look)
     elif part.shape == 'ring':
         draw.ellipse((x-r, y-r, x+r, y+r), **look)

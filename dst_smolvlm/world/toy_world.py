@@ -147,7 +147,8 @@ def add_distractors(scene:Scene, others:list[Part]) -> Scene:
     "The scene with its lying, passing and hidden parts; `others` belong to no step."
     cfg, fps, passing = scene.config, scene.record.fps, []
     if not (cfg.distractors or cfg.passing or cfg.hidden): return scene
-    draw = lambda knob: np.random.default_rng([scene.seed, 0, knob])          # no frame has three numbers
+    def draw(knob): return np.random.default_rng([scene.seed, 0, knob])       # no frame has three numbers
+
     if cfg.passing:
         rng, everything, (times, carried) = draw(1), scene.parts + others, scene.timeline
         frames = [frame_of(t, fps) for t in times]
@@ -180,7 +181,8 @@ def make_scene(index:int, split:str='train', cfg:WorldConfig=DEFAULT_WORLD, seed
     if cfg.length:
         at = _draw_out(spans + wrong, n, cfg.length, rng)
         spans, wrong, asked, n = [(at(a), at(b)) for a, b in spans], [(at(a), at(b)) for a, b in wrong], [at(a) for a in asked], cfg.length
-    late = lambda frame: min(round((frame - rng.random()*.9)/cfg.fps, 3), frame/cfg.fps) if frame else 0.     # up to a frame early
+    def late(frame): return min(round((frame - rng.random()*.9)/cfg.fps, 3), frame/cfg.fps) if frame else 0.    # up to a frame early
+
     steps = [Step(id=f'S{i+1}', name=f'put the {p} in box {b}', spans=[]) for i, (p, b) in enumerate(zip(drawn, boxes))]
     for i, (a, b) in zip(order, spans): steps[i].spans.append((late(a), late(b)))
     record = VideoRecord(video_uid=f'toy-{split}-{seed}-{index:05d}', dataset='toy', fps=cfg.fps, duration=(n - 1)/cfg.fps,
