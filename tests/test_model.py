@@ -12,7 +12,8 @@ from transformers.utils import hub as library_hub
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.model.checkpoints import checkpoint_hash, load_pretrained, quiet, save_model
-from dst_smolvlm.model.heads import DSTSmolVLMConfig, old_name
+from dst_smolvlm.model.configuration import DSTSmolVLMConfig
+from dst_smolvlm.model.heads import old_name
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, lengths_to_read
 from dst_smolvlm.model.packing import pack_rows
 from dst_smolvlm.model.stream_layout import layout_stream

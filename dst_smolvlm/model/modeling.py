@@ -16,12 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, SmolVLMForConditionalGeneration
 
 from ..core.config import InputError
-from .heads import (
-    MOVED_WEIGHTS, DSTHeads, DSTSmolVLMConfig, HeadsOutput, StepMemory, decision_tokens, image_seq_len, in_float32, pool_tokens,
-    published_config, tiny_config)
+from .configuration import DSTSmolVLMConfig, image_seq_len, published_config, tiny_config
+from .generation import StreamGeneration
+from .heads import MOVED_WEIGHTS, DSTHeads, HeadsOutput, StepMemory, decision_tokens, in_float32, pool_tokens
 from .packing import read_rows
 from .stream_layout import StreamLayout, tiny_tokenizer, toy_texts
-from .stream_memory import StreamGeneration
 
 # %% ../../nbs/03_model/07_modeling.ipynb #aa26ea6c
 @dataclass
@@ -104,7 +103,7 @@ def build_tiny(cfg=None, seed:int=0) -> tuple[DSTSmolVLM, StreamLayout]:
     model.set_attn_implementation(dict(vision_config='eager'))    # on 64 patches faster than the fused kernel
     return model, layout
 
-# %% ../../nbs/03_model/07_modeling.ipynb #684b2256
+# %% ../../nbs/03_model/07_modeling.ipynb #89aa31e5
 def build_published(size:str, seed:int=0, **options) -> tuple[DSTSmolVLM, StreamLayout]:
     "A published shape ('256M', '500M', '2.2B') with random weights and the tiny tokenizer; `options` of `published_config`."
     tokenizer = tiny_tokenizer(toy_texts())
@@ -113,7 +112,7 @@ def build_published(size:str, seed:int=0, **options) -> tuple[DSTSmolVLM, Stream
     layout = StreamLayout(tokenizer, config.tokens_per_frame or image_seq_len(config))
     return _build(config, layout, seed), layout
 
-# %% ../../nbs/03_model/07_modeling.ipynb #cdb2a46f
+# %% ../../nbs/03_model/07_modeling.ipynb #2957c78c
 @patch(as_prop=True)
 def tokens_per_frame(self:DSTSmolVLM) -> int: return self.config.tokens_per_frame or self.model.image_seq_len
 
@@ -125,7 +124,7 @@ def encode_frames(self:DSTSmolVLM, pixel_values) -> torch.Tensor:
     tokens = [connect(tower(x).last_hidden_state) for x in pixel_values.to(self.dtype).split(FRAMES_AT_ONCE)]
     return pool_tokens(torch.cat(tokens), self.config.tokens_per_frame)
 
-# %% ../../nbs/03_model/07_modeling.ipynb #fdf12af8
+# %% ../../nbs/03_model/07_modeling.ipynb #7a5a9731
 @patch
 def encode_streams(self:DSTSmolVLM, pixel_values, learn_frames=None) -> torch.Tensor:
     "`encode_frames` with gradients through some of the frames only [F] (all by default): neighbours are nearly alike."
@@ -136,7 +135,7 @@ def encode_streams(self:DSTSmolVLM, pixel_values, learn_frames=None) -> torch.Te
     if learn_frames.any(): tokens[learn_frames] = self.encode_frames(pixel_values[learn_frames])
     return tokens
 
-# %% ../../nbs/03_model/07_modeling.ipynb #d8c86431
+# %% ../../nbs/03_model/07_modeling.ipynb #ec8a5563
 def lengths_to_read(frame_positions, step_spans, labels=None) -> torch.Tensor:
     "How many tokens of each row are read by a head: all up to the last frame, step line or label [B]."
     ends = [frame_positions + 1, step_spans[..., 1]]
@@ -148,7 +147,7 @@ def read(self:DSTSmolVLM, embeds, lengths) -> torch.Tensor:
     "Hidden states of whole streams [B, L, D], of which `lengths` [B] are wanted."
     return read_rows(self.model.text_model, embeds, lengths, self.reading, self.row_tokens)
 
-# %% ../../nbs/03_model/07_modeling.ipynb #4f8134a1
+# %% ../../nbs/03_model/07_modeling.ipynb #2156e5a1
 @patch
 def at_frames(self:DSTSmolVLM, hidden, frame_tokens, frame_positions) -> tuple[torch.Tensor, torch.Tensor]:
     "The hidden states [B, T, D] at `frame_positions` [B, T], and the frames' image tokens [F, N, D] as rows [B, T, N, D]."
@@ -158,7 +157,7 @@ def at_frames(self:DSTSmolVLM, hidden, frame_tokens, frame_positions) -> tuple[t
     tokens[real] = frame_tokens
     return hidden.gather(1, index), tokens
 
-# %% ../../nbs/03_model/07_modeling.ipynb #bbe8ca71
+# %% ../../nbs/03_model/07_modeling.ipynb #12cff6a3
 @patch
 def step_memory(self:DSTSmolVLM, hidden, embeds, step_spans) -> StepMemory:
     "The steps' vectors from hidden states and embeddings [B, L, D] and their lines' `step_spans` [B, S, 2] (-1 pads)."
@@ -169,7 +168,7 @@ def step_memory(self:DSTSmolVLM, hidden, embeds, step_spans) -> StepMemory:
     marker = hidden.gather(1, (stop - 1).clamp_min(0)[..., None].expand(-1, -1, hidden.shape[-1]))
     return StepMemory(marker, words, start >= 0)
 
-# %% ../../nbs/03_model/07_modeling.ipynb #50d02a6a
+# %% ../../nbs/03_model/07_modeling.ipynb #c904d556
 @patch
 @in_float32
 def token_logits(self:DSTSmolVLM, frame_hidden) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +178,7 @@ def token_logits(self:DSTSmolVLM, frame_hidden) -> tuple[torch.Tensor, torch.Ten
     go_on, speak, update = F.linear(frame_hidden.float(), rows).unbind(-1)              # [B, T] each
     return torch.stack([go_on, speak], -1), torch.stack([go_on, update], -1)
 
-# %% ../../nbs/03_model/07_modeling.ipynb #29e0d360
+# %% ../../nbs/03_model/07_modeling.ipynb #eda7e451
 @patch
 def decide(self:DSTSmolVLM, frame_hidden, frame_tokens, steps:StepMemory, previous_state) -> HeadsOutput:
     "Both decisions, pointer and states from frame vectors [B, T, D], image tokens [B, T, N, D], steps and previous state [B, T, S]."
@@ -187,14 +186,14 @@ def decide(self:DSTSmolVLM, frame_hidden, frame_tokens, steps:StepMemory, previo
     if not self.heads.decides: out.speak_logits, out.update_logits = self.token_logits(frame_hidden)
     return out
 
-# %% ../../nbs/03_model/07_modeling.ipynb #c670785a
+# %% ../../nbs/03_model/07_modeling.ipynb #223a2d37
 @patch
 def lm_outputs(self:DSTSmolVLM, hidden, labels) -> tuple[torch.Tensor, torch.Tensor]:
     "Logits [n, V] of the tokens before a label, and the labels [n]. They are shifted here and nowhere else."
     learn = labels[:, 1:] != -100
     return self.lm_head(hidden[:, :-1][learn]), labels[:, 1:][learn]
 
-# %% ../../nbs/03_model/07_modeling.ipynb #d246cb74
+# %% ../../nbs/03_model/07_modeling.ipynb #4c6d3d33
 @patch
 def point_single_frames(self:DSTSmolVLM, batch:StreamBatch) -> torch.Tensor:
     "Pointer logits [G, F, S+1] of the auxiliary single-frame samples, which do not go through the language model."
@@ -204,7 +203,7 @@ def point_single_frames(self:DSTSmolVLM, batch:StreamBatch) -> torch.Tensor:
     if tokens is None: tokens = self.encode_frames(batch.auxiliary_pixels)              # [G*F, N, D]
     return self.heads.point(tokens.unflatten(0, (len(words), -1)), steps)
 
-# %% ../../nbs/03_model/07_modeling.ipynb #c475dd9e
+# %% ../../nbs/03_model/07_modeling.ipynb #7761c39b
 @patch
 def forward_streams(self:DSTSmolVLM, batch:StreamBatch) -> HeadsOutput:
     "One causal pass over whole streams: every frame is supervised at once."
