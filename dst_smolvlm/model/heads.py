@@ -58,13 +58,12 @@ def in_float32(method):
         with torch.autocast(x.device.type, enabled=False): return method(self, x, *args, **kwargs)
     return call
 
-# %% ../../nbs/03_model/04_heads.ipynb #4c757d05
 class Linear32(nn.Linear):
     "A linear layer that computes in float32, whatever its weights are kept in."
     def forward(self, x): return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 class LayerNorm32(nn.LayerNorm):
-    "Likewise."
+    "A layer norm that computes in float32."
     def forward(self, x): return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 # %% ../../nbs/03_model/04_heads.ipynb #91b4d0fd

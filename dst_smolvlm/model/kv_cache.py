@@ -152,6 +152,6 @@ def keep(
         kept = keys[row].index_select(1, index)                            # [H, n - moved, D]
         if by.any(): kept = rerotate_keys(kept, torch.from_numpy(by[moved:]).to(self.device), self.inv_freq)
         keys[row, :, moved:n], values[row, :, moved:n] = kept, values[row].index_select(1, index)
-    self.positions[row, :n] = np.arange(n) if rerotate else at
+    self.positions[row, :n] = at + by
     self.lengths[row] = n
-    self.next_position[row] = n if rerotate else (at[-1] + 1 if n else 0)
+    self.next_position[row] = self.positions[row, n - 1] + 1 if n else 0
