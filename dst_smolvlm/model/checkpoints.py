@@ -91,10 +91,10 @@ def model_card(
              'decision mode': c.decision_mode, 'pointer source': c.pointer_source}
     training = dict(training or {})
     metrics = training.pop('metrics', None)
-    told = [f'| | |\n|---|---|\n{_table(training)}'] if training else []
-    if metrics: told.append(f'| metric | value |\n|---|---|\n{_table(metrics)}')
+    parts = [f'| | |\n|---|---|\n{_table(training)}'] if training else []
+    if metrics: parts.append(f'| metric | value |\n|---|---|\n{_table(metrics)}')
     return CARD.format(package='dst_smolvlm', base_yaml=f'base_model: {c.base_model}\n' if c.base_model else '', facts=_table(facts),
-                       training='\n\n'.join(told) or 'Nothing is recorded.')
+                       training='\n\n'.join(parts) or 'Nothing is recorded.')
 
 # %% ../../nbs/03_model/08_checkpoints.ipynb #8625692e
 @contextmanager

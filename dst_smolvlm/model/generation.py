@@ -157,21 +157,21 @@ def forward_batch(self:StreamGeneration, requests:list[Request], layout:StreamLa
     P(pointer) [S+1]) for each request of a decision; None for the others. All requests are of one cache, and of different rows."""
     order = sorted(range(len(requests)), key=lambda k: requests[k].memory.row)     # image tokens are put in row by row
     groups = {what: [k for k in order if requests[k].what == what] for what in ('token', 'decision')}
-    asking = {what: [requests[k].memory for k in ks] for what, ks in groups.items()}
+    requesting = {what: [requests[k].memory for k in ks] for what, ks in groups.items()}
     memories, results = [requests[k].memory for k in order], [None]*len(requests)
     new_prompts = [m for m in memories if m.steps is None]                         # their rows are empty: the prompt comes first
     with unread_if_it_fails(memories):
         taken = {m.row: m.take() for m in memories}
         ids, frames = {row: new for row, (new, _) in taken.items()}, [f for _, tokens in taken.values() for f in tokens]
-        ends = {what: self.ends_of(asking[what], ids) for what in groups if asking[what]}
-        previous_state = self.previous_states(asking['decision'])
+        ends = {what: self.ends_of(requesting[what], ids) for what in groups if requesting[what]}
+        previous_state = self.previous_states(requesting['decision'])
         never = torch.tensor(layout.never_said, dtype=torch.long, device=self.device)
         hidden, embeds = self.read_rows(ids, frames, memories[0].cache)
     for memory in new_prompts: memory.steps = self.steps_of_prompt(memory, hidden, embeds)
     for what, at in ends.items():
         last = hidden[at[0], at[1]]                                                # [n, D]
         if what == 'token': found = self.lm_head(last).index_fill(-1, never, -torch.inf).argmax(-1).tolist()
-        else: found = self.decisions(last, asking[what], previous_state)
+        else: found = self.decisions(last, requesting[what], previous_state)
         for k, result in zip(groups[what], found): results[k] = result
     return results
 

@@ -56,7 +56,7 @@ def how_to_read(reading:str, device:str, attention:str) -> str:
 def read_packed(text_model, embeds, sizes:list[int], limit:int) -> torch.Tensor:
     "Hidden states [B, L, D] of the first `sizes` [B] tokens of every stream, read in rows of at most `limit` tokens."
     rows, L = pack_rows(sizes, limit), embeds.shape[1]
-    if len(rows) == len(sizes):                                # nobody shares: no mask
+    if len(rows) == len(sizes):                                # no row is shared: no mask
         hidden = text_model(inputs_embeds=embeds[:, :max(sizes)], use_cache=False).last_hidden_state
         return F.pad(hidden, (0, 0, 0, L - max(sizes)))
     count = lambda n: torch.arange(n, device=embeds.device)

@@ -52,7 +52,7 @@ SYSTEM = 'You watch a person at work. Track the steps, and speak when it helps.'
 # %% ../../nbs/03_model/00_stream_layout.ipynb #1b9303ad
 @dataclass
 class Prompt:
-    "The beginning of a context: its tokens, where each step's line stands in it, and the state that it tells."
+    "The beginning of a context: its tokens, where each step's line stands in it, and the previous state that it shows."
     ids: list[int]
     step_spans: list[tuple[int, int]]   # [S] (first token, one past the last) of every step's line; the last token is its marker
     state: list[int]                    # [S]
@@ -157,11 +157,11 @@ def layout_frame(
 def layout_stream(
     layout: StreamLayout,
     record: VideoRecord,
-    previous_states: np.ndarray,    # [T+1, S]: row i is what the model is told before frame `start + i`, so a state turn stands after
-                                    # that frame where row i+1 differs
+    previous_states: np.ndarray,    # [T+1, S]: row i is the previous state at frame `start + i`, and a state turn stands after that
+                                    # frame where row i+1 differs
     start: int = 0,
     stop: int|None = None,          # frames `start` to `stop` of the video; all by default
-    replies: bool = True,           # False: nobody answers
+    replies: bool = True,           # False: no replies
     frames: bool = True,            # False: only the dialogue is left
     max_tokens: int|None = None,    # cut at the last frame that fits
 ) -> StreamTokens:

@@ -115,7 +115,7 @@ def unread_if_it_fails(memories:list[StreamMemory]):
 # %% ../../nbs/03_model/05_stream_memory.ipynb #aaabdbd3
 @dataclass
 class Request:
-    "A stream asks for a result, once all that it wrote is read."
+    "A stream needs a result, once all that it wrote is read."
     memory: StreamMemory
     what: str                    # 'decision' or 'token'; 'nothing' where it only has to be read
 
@@ -154,7 +154,7 @@ def watch(
     update_state: Callable,         # (state_probs [S, 3], pointer_probs [S+1], update_prob, previous state [S]) → state [S]
     user_turns: list[str] = (),     # what the user said since the last frame
     may_speak: Callable = lambda prob: prob >= .5,   # probability of head 1 → whether it speaks
-    max_new_tokens: int|Callable = 64,   # of a reply; a function is asked when it begins
+    max_new_tokens: int|Callable = 64,   # of a reply; a function is called when it begins
 ) -> Generator[Request, object, FrameOutput]:
     "One frame of one stream."
     memory.frame += 1
