@@ -17,7 +17,7 @@ from dst_smolvlm.core.config import atomic_write, environment, run_cli
 from dst_smolvlm.data.container import write_video
 from dst_smolvlm.data.frames import iter_frames
 from dst_smolvlm.data.schema import Step, VideoRecord
-from dst_smolvlm.model.heads import DSTSmolVLMConfig
+from dst_smolvlm.model.configuration import DSTSmolVLMConfig
 from dst_smolvlm.model.modeling import DSTSmolVLM
 from dst_smolvlm.training.feature_store import FeatureStore, encode_video, write_tokens
 from dst_smolvlm.world.scenes import Video

@@ -14,7 +14,7 @@ import torch
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from dst_smolvlm.core.config import atomic_write, environment, run_cli
-from dst_smolvlm.model.heads import published_config
+from dst_smolvlm.model.configuration import published_config
 from dst_smolvlm.model.quantization import quantize_vision, token_error
 
 def tower() -> SmolVLMForConditionalGeneration:

@@ -11,7 +11,8 @@ import processes
 from dst_smolvlm import train
 from dst_smolvlm.core.config import InputError, compose_config
 from dst_smolvlm.model.checkpoints import load_pretrained, save_model
-from dst_smolvlm.model.heads import old_name, tiny_config
+from dst_smolvlm.model.configuration import tiny_config
+from dst_smolvlm.model.heads import old_name
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.streaming.session import stream_record
 from dst_smolvlm.training import adapters, lora

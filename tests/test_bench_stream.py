@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dst_smolvlm.model.heads import published_config
+from dst_smolvlm.model.configuration import published_config
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.world.toy_world import make_scene
 

@@ -12,7 +12,7 @@ from dst_smolvlm.core.config import InputError, compose_config
 from dst_smolvlm.core.hashing import hash_video
 from dst_smolvlm.data.loading import read_records
 from dst_smolvlm.data.schema import VideoRecord, write_records
-from dst_smolvlm.model.heads import DSTSmolVLMConfig
+from dst_smolvlm.model.configuration import DSTSmolVLMConfig
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.training import feature_store, feature_writer
 from dst_smolvlm.training.feature_store import FeatureStore, encoder_fingerprint, file_name, write_tokens

@@ -24,7 +24,7 @@ REPLACED = {   # pattern → what is said instead
     r'cut in two': 'truncated',
     r'\bwhoever\b|of such a kind': '(say who, or what kind)'}
 # which hold old names on purpose
-TRANSLATES = {'00_config.ipynb', '03_heads.ipynb', 'test_old_names.py', 'test_model.py', 'test_glossary.py', 'CHANGELOG.md'}
+TRANSLATES = {'00_config.ipynb', '04_heads.ipynb', 'test_old_names.py', 'test_model.py', 'test_glossary.py', 'CHANGELOG.md'}
 
 
 def texts():

@@ -9,7 +9,7 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.model.checkpoints import save_model
-from dst_smolvlm.model.heads import published_config
+from dst_smolvlm.model.configuration import published_config
 from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.model.quantization import Int8Linear, int8_weight, quantize_vision, token_error
 from dst_smolvlm.world.toy_world import make_scene, render_frame

@@ -7,7 +7,7 @@ import pytest, torch
 import processes
 from dst_smolvlm import train
 from dst_smolvlm.core.config import InputError
-from dst_smolvlm.model.heads import published_config, tiny_config
+from dst_smolvlm.model.configuration import published_config, tiny_config
 from dst_smolvlm.model.modeling import DSTSmolVLM
 from dst_smolvlm.training.activation_memory import MicroBatch, activations, autocast
 from dst_smolvlm.training.adapters import adapt

@@ -12,8 +12,9 @@ from transformers.utils import hub as library_hub
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.model.checkpoints import checkpoint_hash, load_pretrained, quiet, save_model
-from dst_smolvlm.model.heads import DSTSmolVLMConfig, old_name
-from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
+from dst_smolvlm.model.configuration import DSTSmolVLMConfig
+from dst_smolvlm.model.heads import old_name
+from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny, lengths_to_read
 from dst_smolvlm.model.packing import pack_rows
 from dst_smolvlm.model.stream_layout import layout_stream
 from dst_smolvlm.streaming.runner import StreamRunner
@@ -98,7 +99,7 @@ def test_packed_in_half_precision(attention):
 def test_no_stream_sees_another(attention):
     "Three streams in one row. Exchange one for noise: the others' outputs stay. Learn from one: the others' gradient is exactly zero."
     model, batch = tiny_and_streams(attention)
-    lengths = model.lengths(batch['frame_positions'], batch['step_spans'], batch['labels'])
+    lengths = lengths_to_read(batch['frame_positions'], batch['step_spans'], batch['labels'])
     assert len(pack_rows(lengths.tolist(), 10**6)) == 1
     reading(model.eval(), 'packed', 10**6)
     with torch.no_grad(): embeds = model.embed(batch['input_ids'], model.encode_frames(batch['pixel_values']))

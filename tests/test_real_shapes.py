@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from dst_smolvlm.core.config import compose_config
 from dst_smolvlm.data.schema import VideoRecord
 from dst_smolvlm.model.checkpoints import load_model
-from dst_smolvlm.model.heads import PUBLISHED, image_seq_len, published_config
+from dst_smolvlm.model.configuration import PUBLISHED, image_seq_len, published_config
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_published
 from dst_smolvlm.model.stream_layout import StreamLayout, layout_stream, tiny_tokenizer, toy_texts
 from dst_smolvlm.training.dataset import StreamCollator

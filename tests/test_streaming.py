@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dst_smolvlm.core.config import InputError, environment
 from dst_smolvlm.data.schema import Step, VideoRecord, write_records
-from dst_smolvlm.model.heads import decision_tokens, tiny_config
+from dst_smolvlm.model.configuration import tiny_config
+from dst_smolvlm.model.heads import decision_tokens
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.model.stream_layout import StreamLayout, tiny_tokenizer, toy_texts
 from dst_smolvlm.streaming.context_strategies import POSITIONS, STRATEGIES, BaseContextStrategy, Continuation, make_strategy, register
@@ -148,7 +149,7 @@ def check_cache(model, memory, turned=True):
     "The cache holds the beginning of the log and nothing else, at ascending positions; without gaps unless keys are left where they are."
     cache, row, n = memory.cache, memory.row, memory.length
     assert 0 <= memory.unread and n + memory.unread == len(ids_in(memory))
-    assert memory.pending == ids_in(memory)[n:]
+    assert memory.ids_to_prefill == ids_in(memory)[n:]
     positions = cache.positions[row, :n]
     assert (np.diff(positions) > 0).all() and cache.next_position[row] == positions[-1] + 1 if n else True
     if turned: assert (positions == np.arange(n)).all()

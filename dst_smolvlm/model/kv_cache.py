@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.config import InputError
 
@@ -82,67 +83,75 @@ class StreamCache:
     def nbytes(self) -> int: return sum(t.nbytes for t in self.keys + self.values)
     def get_seq_length(self, layer_idx:int=0) -> int: return int(self.lengths.max())
 
-    @torch.inference_mode()
-    def reserve(self, tokens:int):
-        "Room for `tokens` in every row."
-        if tokens <= self.capacity: return
-        if self.fixed: raise InputError(f'a fixed cache of {self.capacity} tokens: {tokens} do not fit')
-        more = max(2*self.capacity, tokens) - self.capacity
-        widen = lambda t: torch.cat([t, t.new_zeros(*t.shape[:2], more, t.shape[3])], 2)
-        self.keys, self.values = list(map(widen, self.keys)), list(map(widen, self.values))
-        self.positions = np.pad(self.positions, ((0, 0), (0, more)))
-        self.capacity += more
-
-    @torch.inference_mode()
-    def place(self, counts, width:int|None=None) -> 'CachePass':
-        """Room for `counts` [R] new tokens in the rows, for a pass that is `width` tokens wide (by default the largest of them).
-        The pass says where they go."""
-        counts = np.asarray(counts)
-        if width is None: width = int(counts.max())
-        self.reserve(int((self.lengths + counts).max()))
-        column, spare = np.arange(width), self.capacity
-        real = column < counts[:, None]                                        # [R, Q]
-        slots = np.where(real, self.lengths[:, None] + column, spare)
-        positions = np.where(real, self.next_position[:, None] + column, 0)
-        row = np.nonzero(real)[0]
-        self.positions[row, slots[real]] = positions[real]
-        self.lengths, self.next_position = self.lengths + counts, self.next_position + counts
-        held = self.capacity if self.fixed else int(self.lengths.max())
-        contiguous = self.rows == 1 and real.all() and not self.fixed
-        at = torch.from_numpy(np.stack([slots, positions])).to(self.device, non_blocking=True)    # [2, R, Q], one transfer
-        start = int(slots[0, 0]) if contiguous else None
-        return CachePass(self.keys, self.values, at[0], start, held, at[1], self.mask(at[0], held), self.get_seq_length())
-
-    def mask(self, slots, held:int) -> torch.Tensor:
-        "The 4-D mask [R, 1, Q, held]: a token sees all slots up to its own [R, Q]; padding sees the first slot."
-        sees = slots.masked_fill(slots == self.capacity, 0)[:, None, :, None]
-        mask = torch.arange(held, device=self.device) <= sees
-        if not self.adds_mask: return mask
-        dtype = self.keys[0].dtype
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-    @torch.inference_mode()
-    def keep(
-        self, row: int,
-        slots,                  # which tokens stay, ascending
-        rerotate: bool = True,      # whether their keys are re-rotated to the positions 0, 1, 2, …; else they keep theirs
-    ):
-        "Drop all other tokens of a row. What is in front and stays where it is, is not touched."
-        slots = np.asarray(slots, int)
-        n, at = len(slots), self.positions[row, slots]
-        by = np.arange(n) - at if rerotate else np.zeros(n, int)
-        changes = (slots != np.arange(n)) | (by != 0)
-        moved = int(changes.argmax()) if changes.any() else n                  # the first that changes its slot or its position
-        index = torch.from_numpy(slots[moved:]).to(self.device)
-        for keys, values in zip(self.keys, self.values):
-            if moved == n: break
-            kept = keys[row].index_select(1, index)                            # [H, n - moved, D]
-            if by.any(): kept = rerotate_keys(kept, torch.from_numpy(by[moved:]).to(self.device), self.inv_freq)
-            keys[row, :, moved:n], values[row, :, moved:n] = kept, values[row].index_select(1, index)
-        self.positions[row, :n] = np.arange(n) if rerotate else at
-        self.lengths[row] = n
-        self.next_position[row] = n if rerotate else (at[-1] + 1 if n else 0)
-
     def clear(self, row:int):
         "Forget a row's tokens, for the next stream."
         self.lengths[row] = self.next_position[row] = 0
+
+# %% ../../nbs/03_model/01_kv_cache.ipynb #f295e856
+@patch
+@torch.inference_mode()
+def reserve(self:StreamCache, tokens:int):
+    "Room for `tokens` in every row."
+    if tokens <= self.capacity: return
+    if self.fixed: raise InputError(f'a fixed cache of {self.capacity} tokens: {tokens} do not fit')
+    more = max(2*self.capacity, tokens) - self.capacity
+    widen = lambda t: torch.cat([t, t.new_zeros(*t.shape[:2], more, t.shape[3])], 2)
+    self.keys, self.values = list(map(widen, self.keys)), list(map(widen, self.values))
+    self.positions = np.pad(self.positions, ((0, 0), (0, more)))
+    self.capacity += more
+
+# %% ../../nbs/03_model/01_kv_cache.ipynb #ae2c3663
+@patch
+def mask(self:StreamCache, slots, held:int) -> torch.Tensor:
+    "The 4-D mask [R, 1, Q, held]: a token sees all slots up to its own [R, Q]; padding sees the first slot."
+    sees = slots.masked_fill(slots == self.capacity, 0)[:, None, :, None]
+    mask = torch.arange(held, device=self.device) <= sees
+    if not self.adds_mask: return mask
+    dtype = self.keys[0].dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+# %% ../../nbs/03_model/01_kv_cache.ipynb #5e968e16
+@patch
+@torch.inference_mode()
+def place(self:StreamCache, counts, width:int|None=None) -> CachePass:
+    """Room for `counts` [R] new tokens in the rows, for a pass that is `width` tokens wide (by default the largest of them).
+    The pass says where they go."""
+    counts = np.asarray(counts)
+    if width is None: width = int(counts.max())
+    self.reserve(int((self.lengths + counts).max()))
+    column, spare = np.arange(width), self.capacity
+    real = column < counts[:, None]                                        # [R, Q]
+    slots = np.where(real, self.lengths[:, None] + column, spare)
+    positions = np.where(real, self.next_position[:, None] + column, 0)
+    row = np.nonzero(real)[0]
+    self.positions[row, slots[real]] = positions[real]
+    self.lengths, self.next_position = self.lengths + counts, self.next_position + counts
+    held = self.capacity if self.fixed else int(self.lengths.max())
+    contiguous = self.rows == 1 and real.all() and not self.fixed
+    at = torch.from_numpy(np.stack([slots, positions])).to(self.device, non_blocking=True)    # [2, R, Q], one transfer
+    start = int(slots[0, 0]) if contiguous else None
+    return CachePass(self.keys, self.values, at[0], start, held, at[1], self.mask(at[0], held), self.get_seq_length())
+
+# %% ../../nbs/03_model/01_kv_cache.ipynb #e0d40cac
+@patch
+@torch.inference_mode()
+def keep(
+    self: StreamCache, row: int,
+    slots,                  # which tokens stay, ascending
+    rerotate: bool = True,      # whether their keys are re-rotated to the positions 0, 1, 2, …; else they keep theirs
+):
+    "Drop all other tokens of a row. What is in front and stays where it is, is not touched."
+    slots = np.asarray(slots, int)
+    n, at = len(slots), self.positions[row, slots]
+    by = np.arange(n) - at if rerotate else np.zeros(n, int)
+    changes = (slots != np.arange(n)) | (by != 0)
+    moved = int(changes.argmax()) if changes.any() else n                  # the first that changes its slot or its position
+    index = torch.from_numpy(slots[moved:]).to(self.device)
+    for keys, values in zip(self.keys, self.values):
+        if moved == n: break
+        kept = keys[row].index_select(1, index)                            # [H, n - moved, D]
+        if by.any(): kept = rerotate_keys(kept, torch.from_numpy(by[moved:]).to(self.device), self.inv_freq)
+        keys[row, :, moved:n], values[row, :, moved:n] = kept, values[row].index_select(1, index)
+    self.positions[row, :n] = at + by
+    self.lengths[row] = n
+    self.next_position[row] = self.positions[row, n - 1] + 1 if n else 0

@@ -21,8 +21,12 @@ def pack_rows(
     rows, free = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fits = next((r for r, room in enumerate(free) if lengths[i] <= room), None)
-        if fits is None: rows.append([i]); free.append(limit - lengths[i])
-        else: rows[fits].append(i); free[fits] -= lengths[i]
+        if fits is None:
+            fits = len(rows)
+            rows.append([])
+            free.append(limit)
+        rows[fits].append(i)
+        free[fits] -= lengths[i]
     return sorted(sorted(row) for row in rows)
 
 # %% ../../nbs/03_model/02_packing.ipynb #4f2d4650
@@ -45,13 +49,14 @@ def how_to_read(reading:str, device:str, attention:str) -> str:
     if reading == 'packed' and attention not in MASKED:
         raise InputError(f"reading=packed: {attention} attention takes no 4-D mask; choose reading=padded, or {' or '.join(MASKED)}")
     if reading != 'auto': return reading
-    return 'alone' if device == 'cpu' else 'packed' if attention in MASKED else 'padded'
+    if device == 'cpu': return 'alone'
+    return 'packed' if attention in MASKED else 'padded'
 
 # %% ../../nbs/03_model/02_packing.ipynb #15ce66aa
 def read_packed(text_model, embeds, sizes:list[int], limit:int) -> torch.Tensor:
     "Hidden states [B, L, D] of the first `sizes` [B] tokens of every stream, read in rows of at most `limit` tokens."
     rows, L = pack_rows(sizes, limit), embeds.shape[1]
-    if len(rows) == len(sizes):                                # nobody shares: no mask
+    if len(rows) == len(sizes):                                # no row is shared: no mask
         hidden = text_model(inputs_embeds=embeds[:, :max(sizes)], use_cache=False).last_hidden_state
         return F.pad(hidden, (0, 0, 0, L - max(sizes)))
     count = lambda n: torch.arange(n, device=embeds.device)

@@ -35,7 +35,7 @@ class Int8Linear(nn.Module):
     def __deepcopy__(self, memo): return self       # nothing changes it, and oneDNN's packed weight cannot be copied
 
     def product(self, q) -> torch.Tensor:
-        "Whole numbers 0 … 255 [n, in] times the weights → float32 [n, out]."
+        "Integers 0 … 255 [n, in] times the weights → float32 [n, out]."
         weight = self.packed, self.scale, self.zero_point
         return torch.ops.onednn.qlinear_pointwise(q, 1., 0, *weight, None, 1., 0, torch.float32, 'none', [], '')
 

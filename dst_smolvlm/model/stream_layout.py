@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'IMAGE_TOKEN', 'SYSTEM', 'tiny_tokenizer', 'toy_texts', 'Prompt', 'StreamLayout', 'StreamTokens',
-           'layout_stream']
+           'layout_frame', 'layout_stream']
 
 # %% ../../nbs/03_model/00_stream_layout.ipynb #2b9d5801
 from dataclasses import dataclass, field
 
 import numpy as np
+from fastcore.basics import patch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +52,7 @@ SYSTEM = 'You watch a person at work. Track the steps, and speak when it helps.'
 # %% ../../nbs/03_model/00_stream_layout.ipynb #1b9303ad
 @dataclass
 class Prompt:
-    "The beginning of a context: its tokens, where each step's line stands in it, and the state that it tells."
+    "The beginning of a context: its tokens, where each step's line stands in it, and the previous state that it shows."
     ids: list[int]
     step_spans: list[tuple[int, int]]   # [S] (first token, one past the last) of every step's line; the last token is its marker
     state: list[int]                    # [S]
@@ -75,37 +76,54 @@ class StreamLayout:
             if len(self._encoded) >= 100_000: self._encoded.clear()
             self._encoded[text] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return list(self._encoded[text])
+
     def decode(self, ids) -> str: return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
     def _turn(self, text:str) -> list[int]: return self.encode(text) + [self.end_id] + self.turn_end
-
-    def prompt(self, goal:str, knowledge:str, names:list[str], state) -> Prompt:
-        "System turn, the step lines in the told `state` [S], and the agenda."
-        ids = [self.tokenizer.bos_token_id] + self.encode(f"System: {SYSTEM} Goal: {goal}.{' ' + knowledge if knowledge else ''}\n")
-        spans = []
-        for k, name in enumerate(names):
-            line = self.encode(f'{k+1}. {name} [{STATE_NAMES[state[k]]}]\n')
-            spans.append((len(ids), len(ids) + len(line))); ids += line
-        return Prompt(ids + self._turn(self.agenda(names, state)), spans, [int(s) for s in state])
 
     def agenda(self, names, state) -> str:
         "What the state implies, in words."
         when, k = agenda(state)
         return 'All steps are done.' if k is None else f'{when.capitalize()}, {names[k]}.'
 
-    def summary_open(self) -> list[int]:
-        "Asks the model to sum up what it saw; what it writes then, up to the end token, may stand after a prompt."
-        return self.encode('Summary:')
-    def user(self, text:str) -> list[int]: return self._turn(f'User: {text}')
-    def assistant(self, text:str) -> list[int]: return self.encode(f' {text}') + [self.end_id]
-    def update(self, before, after, names) -> list[int]:
-        "The state turn: which steps changed between two states [S], and the agenda that follows."
-        last = {t.step: t.after for t in transitions(before, after)}
-        changed = '; '.join(f'{k+1} {STATE_NAMES[s]}' for k, s in sorted(last.items()))
-        return self._turn(f'State: {changed}. {self.agenda(names, after)}')
+# %% ../../nbs/03_model/00_stream_layout.ipynb #17839d71
+@patch
+def prompt(self:StreamLayout, goal:str, knowledge:str, names:list[str], state) -> Prompt:
+    "System turn, the step lines in the previous `state` [S], and the agenda."
+    ids = [self.tokenizer.bos_token_id] + self.encode(f"System: {SYSTEM} Goal: {goal}.{' ' + knowledge if knowledge else ''}\n")
+    spans = []
+    for k, name in enumerate(names):
+        line = self.encode(f'{k+1}. {name} [{STATE_NAMES[state[k]]}]\n')
+        spans.append((len(ids), len(ids) + len(line)))
+        ids += line
+    return Prompt(ids + self._turn(self.agenda(names, state)), spans, [int(s) for s in state])
+
+# %% ../../nbs/03_model/00_stream_layout.ipynb #d19f01f6
+@patch
+def user(self:StreamLayout, text:str) -> list[int]:
+    "A user turn."
+    return self._turn(f'User: {text}')
+
+@patch
+def assistant(self:StreamLayout, text:str) -> list[int]:
+    "What follows `assistant_open`: a reply and its end."
+    return self.encode(f' {text}') + [self.end_id]
+
+@patch
+def update(self:StreamLayout, before, after, names) -> list[int]:
+    "The state turn: which steps changed between two states [S], and the agenda that follows."
+    last = {t.step: t.after for t in transitions(before, after)}
+    changed = '; '.join(f'{k+1} {STATE_NAMES[s]}' for k, s in sorted(last.items()))
+    return self._turn(f'State: {changed}. {self.agenda(names, after)}')
+
+@patch
+def summary_open(self:StreamLayout) -> list[int]:
+    "Asks the model to sum up what it saw; what it writes then, up to the end token, may stand after a prompt."
+    return self.encode('Summary:')
 
 # %% ../../nbs/03_model/00_stream_layout.ipynb #66204540
 @dataclass
 class StreamTokens:
+    "A stream, or a piece of one, as tokens."
     ids: list[int]                                          # [L]
     labels: list[int]                                       # [L], -100 where nothing is to be said (not shifted)
     frame_positions: list[int] = field(default_factory=list)   # [T] position of the last token of every frame
@@ -115,15 +133,35 @@ class StreamTokens:
         self.ids += ids
         self.labels += ids if learn else [-100]*len(ids)
 
+# %% ../../nbs/03_model/00_stream_layout.ipynb #49642b22
+def layout_frame(
+    layout: StreamLayout, turns: list, names: list[str],   # the dialogue turns of this frame; the steps
+    before, after,                  # [S] the previous state at this frame, and at the next
+    replies: bool, frames: bool,    # as in `layout_stream`
+) -> tuple[StreamTokens, int]:
+    "The tokens of one frame and the turns around it, and the position of the frame's last token among them."
+    piece = StreamTokens([], [])
+    for turn in turns:
+        if turn.role == 'user': piece.add(layout.user(turn.content))
+    if frames: piece.add(layout.frame)
+    position = len(piece.ids) - 1
+    if (np.asarray(before) != after).any(): piece.add(layout.update(before, after, names))
+    for turn in turns:
+        if turn.role != 'assistant' or not replies: continue
+        piece.add(layout.assistant_open)
+        piece.add(layout.assistant(turn.content), learn=True)
+        piece.add(layout.turn_end)
+    return piece, position
+
 # %% ../../nbs/03_model/00_stream_layout.ipynb #d589adc8
 def layout_stream(
     layout: StreamLayout,
     record: VideoRecord,
-    previous_states: np.ndarray,    # [T+1, S]: row i is what the model is told before frame `start + i`, so a state turn stands after
-                                    # that frame where row i+1 differs
+    previous_states: np.ndarray,    # [T+1, S]: row i is the previous state at frame `start + i`, and a state turn stands after that
+                                    # frame where row i+1 differs
     start: int = 0,
     stop: int|None = None,          # frames `start` to `stop` of the video; all by default
-    replies: bool = True,           # False: nobody answers
+    replies: bool = True,           # False: no replies
     frames: bool = True,            # False: only the dialogue is left
     max_tokens: int|None = None,    # cut at the last frame that fits
 ) -> StreamTokens:
@@ -134,18 +172,9 @@ def layout_stream(
     stream = StreamTokens([], [], step_spans=prompt.step_spans)
     stream.add(prompt.ids)
     for i, frame in enumerate(range(start, stop)):
-        piece = StreamTokens([], [])
-        for turn in turns.get(frame, []):
-            if turn.role == 'user': piece.add(layout.user(turn.content))
-        if frames: piece.add(layout.frame)
-        position = len(stream.ids) + len(piece.ids) - 1
-        before, after = np.asarray(previous_states[i]), previous_states[i+1]
-        if (before != after).any(): piece.add(layout.update(before, after, names))
-        for turn in turns.get(frame, []):
-            if turn.role != 'assistant' or not replies: continue
-            piece.add(layout.assistant_open); piece.add(layout.assistant(turn.content), learn=True); piece.add(layout.turn_end)
+        piece, position = layout_frame(layout, turns.get(frame, []), names, previous_states[i], previous_states[i+1], replies, frames)
         if max_tokens and len(stream.ids) + len(piece.ids) > max_tokens: break
-        stream.add(piece.ids)
-        stream.labels[len(stream.ids) - len(piece.ids):] = piece.labels
-        if frames: stream.frame_positions.append(position)
+        if frames: stream.frame_positions.append(len(stream.ids) + position)
+        stream.ids += piece.ids
+        stream.labels += piece.labels
     return stream

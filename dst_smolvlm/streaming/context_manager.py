@@ -99,7 +99,7 @@ def deviation(model, memory:StreamMemory, frame_tokens:torch.Tensor) -> dict[str
         out = model.decide(last, frame_tokens[None], steps, previous_state)
         return model.lm_head(last).flatten().float(), torch.cat([out[f'{k}_logits'].softmax(-1).flatten() for k in DECIDED])
     before = cache.lengths[row], cache.next_position[row]
-    words, decisions = read(memory.pending, images(memory.tail()), cache, row, memory.steps)
+    words, decisions = read(memory.ids_to_prefill, images(memory.tail()), cache, row, memory.steps)
     cache.lengths[row], cache.next_position[row] = before
     log = [i for s in memory.segments for i in s.ids]
     fresh_words, fresh_decisions = read(log, images(memory.segments), model.stream_cache(), 0, None)
