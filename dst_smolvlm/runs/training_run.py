@@ -26,7 +26,8 @@ from ..metrics.scores import COLUMNS, score_traces
 from ..model.checkpoints import load_model, save_model
 from ..streaming.session import runner_options, stream_record
 from ..training.adapters import adapt, quantization
-from ..training.dataset import DSTStreamDataset, StreamCollator
+from ..training.batches import StreamCollator
+from ..training.dataset import DSTStreamDataset
 from ..training.dry_run import dry_run, row_counts
 from ..training.feature_store import FeatureStore, encoder_fingerprint
 from ..training.feature_writer import load_encoder
@@ -35,7 +36,9 @@ from ..training.lora import is_adapted, merged, save_adapter
 from ..training.losses import PARTS, weights_from_data
 from ..training.parameter_groups import check_rates, part_sizes
 from ..training.resume import RESULTS, finish, move_aside, run, same_run
-from ..training.trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
+from ..training.resume import last_whole_checkpoint
+from ..training.arguments import DSTTrainingArguments, training_arguments
+from ..training.trainer import DSTTrainer, check_ranks
 from ..world.scenes import DecodeError, load_auxiliary_scenes, load_scenes, scene_video
 
 # %% ../../nbs/09_runs/00_training_run.ipynb #71589859
@@ -60,7 +63,7 @@ class StreamingValidation:
     def __call__(self, trainer) -> dict:
         with torch.compiler.set_stance('force_eager'): found = self.traces(trainer)         # a cache has another length at every frame
         failed = {e.record.uid: str(e) for e in found if isinstance(e, DecodeError)}
-        trainer.report_failed(failed, trainer.failed.validation, 'this validation video is left out')
+        trainer.failed.add_videos(failed, trainer.accelerator)
         counted = dict(stream_failed=len(failed) + found.count(None))
         found = [(t, s.record) for t, s in zip(found, self.scenes) if not isinstance(t, DecodeError)]
         if not found: return counted | {f'stream_{c}': math.nan for c in COLUMNS}
