@@ -4,7 +4,7 @@
 
 All ratios are of times taken in turn in this one run, forward and backward, of the tiny model:
 * one_pass_vs_frames_T*: the T samples of `DSTFrameDataset`, each with everything up to its frame, against the one row that teaches the same
-  (training.dataset shows that the losses and gradients are equal);
+  (training.frame_samples shows that the losses and gradients are equal);
 * features_vs_pixels: rows whose frames pass the (frozen) vision tower and the connector against rows that find their features in the store,
   reading included. The tower has 6 layers of 384 on 256 patches, a small one: SmolVLM2's has 12 of 768 on 1024;
 * packed_vs_padded: eight streams of the toy world and the dialogue beside each, padded to the longest, against the same laid side by side
@@ -25,7 +25,9 @@ import torch
 
 from dst_smolvlm.core.config import atomic_write, environment, run_cli
 from dst_smolvlm.model.modeling import build_published, build_tiny
-from dst_smolvlm.training.dataset import DSTFrameDataset, DSTStreamDataset, StreamCollator, model_inputs
+from dst_smolvlm.training.batches import StreamCollator, model_inputs
+from dst_smolvlm.training.dataset import DSTStreamDataset
+from dst_smolvlm.training.frame_samples import DSTFrameDataset
 from dst_smolvlm.training.feature_writer import write_store
 from dst_smolvlm.training.losses import LossConfig, loss_counts, multitask_loss
 from dst_smolvlm.world.scenes import ToyScenes, scene_video

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 from dst_smolvlm.core.config import atomic_write, compose_config, environment, run_cli
 from dst_smolvlm.runs.training_run import make_trainer
 from dst_smolvlm.training.dataset import DSTStreamDataset
-from dst_smolvlm.training.trainer import DSTTrainer, training_arguments
+from dst_smolvlm.training.arguments import training_arguments
+from dst_smolvlm.training.trainer import DSTTrainer
 from dst_smolvlm.world.render import COLOURS, _look, _path
 from dst_smolvlm.world.toy_world import Scene, in_hand, make_scene, render_frame
 from dst_smolvlm.world.world_config import WorldConfig

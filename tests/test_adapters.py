@@ -17,10 +17,12 @@ from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.streaming.session import stream_record
 from dst_smolvlm.training import adapters, lora
 from dst_smolvlm.training.adapters import adapt, quantization
-from dst_smolvlm.training.dataset import DSTStreamDataset, StreamCollator
+from dst_smolvlm.training.batches import StreamCollator
+from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.training.lora import add_lora, load_adapter, merged, save_adapter
 from dst_smolvlm.training.parameter_groups import AdapterConfig, parameter_groups, part_of, part_sizes
-from dst_smolvlm.training.trainer import DSTTrainer, DSTTrainingArguments
+from dst_smolvlm.training.arguments import DSTTrainingArguments
+from dst_smolvlm.training.trainer import DSTTrainer
 from dst_smolvlm.world.scenes import ToyScenes
 from test_interrupted import same_weights, train_until, weights
 

@@ -19,7 +19,7 @@ from dst_smolvlm.runs import training_run
 from dst_smolvlm.training import feature_store, feature_writer
 from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.training.feature_writer import write_store
-from dst_smolvlm.training.trainer import training_arguments
+from dst_smolvlm.training.arguments import training_arguments
 from dst_smolvlm.world import scenes as scene_module
 from dst_smolvlm.world.scenes import DecodeError, ToyScenes, VideoScene, load_scenes, scene_video, split_records
 

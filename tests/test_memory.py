@@ -9,10 +9,11 @@ from dst_smolvlm import train
 from dst_smolvlm.core.config import InputError
 from dst_smolvlm.model.configuration import published_config, tiny_config
 from dst_smolvlm.model.modeling import DSTSmolVLM
-from dst_smolvlm.training.activation_memory import MicroBatch, activations, autocast
+from dst_smolvlm.training.activation_memory import MicroBatch, activations
 from dst_smolvlm.training.adapters import adapt
 from dst_smolvlm.training.memory_estimate import estimate_memory
 from dst_smolvlm.training.parameter_groups import AdapterConfig
+from dst_smolvlm.training.piece_memory import autocast
 
 
 def some_256m(text_layers, vision_layers):

@@ -4,7 +4,7 @@ from omegaconf import OmegaConf
 
 from dst_smolvlm.core.config import RENAMED, RENAMED_VALUES, compose_config, renamed_config
 from dst_smolvlm.streaming.context_strategies import make_strategy
-from dst_smolvlm.training.trainer import training_arguments
+from dst_smolvlm.training.arguments import training_arguments
 
 OLD = {
     'train.w_lm=2': ('train.lm_loss_weight', 2), 'train.w_speak=3': ('train.speaking_loss_weight', 3),

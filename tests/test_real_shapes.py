@@ -10,8 +10,9 @@ from dst_smolvlm.model.checkpoints import load_model
 from dst_smolvlm.model.configuration import PUBLISHED, image_seq_len, published_config
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_published
 from dst_smolvlm.model.stream_layout import StreamLayout, layout_stream, tiny_tokenizer, toy_texts
-from dst_smolvlm.training.dataset import StreamCollator
-from dst_smolvlm.training.trainer import DSTTrainer, DSTTrainingArguments
+from dst_smolvlm.training.batches import StreamCollator
+from dst_smolvlm.training.arguments import DSTTrainingArguments
+from dst_smolvlm.training.trainer import DSTTrainer
 
 STEPS = [dict(id=f'S{i}', name=f'put the {c} star in box {i}', spans=[(.5*i, 3)]) for i, c in enumerate(('red', 'blue', 'green'))]
 RECORD = VideoRecord(video_uid='two frames', dataset='test', duration=.5, goal='sort parts', steps=STEPS,

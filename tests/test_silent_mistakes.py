@@ -13,9 +13,11 @@ from dst_smolvlm import train
 from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.runs import training_run
 from dst_smolvlm.streaming.session import stream_record
-from dst_smolvlm.training.dataset import DSTStreamDataset, StreamCollator, model_inputs
+from dst_smolvlm.training.batches import StreamCollator, model_inputs
+from dst_smolvlm.training.dataset import DSTStreamDataset
 from dst_smolvlm.training.losses import PARTS, multitask_loss
-from dst_smolvlm.training.trainer import DSTTrainer, DSTTrainingArguments
+from dst_smolvlm.training.arguments import DSTTrainingArguments
+from dst_smolvlm.training.trainer import DSTTrainer
 from dst_smolvlm.world.scenes import ToyScenes
 from dst_smolvlm.world.world_config import WorldConfig
 

@@ -8,7 +8,8 @@ import processes
 from dst_smolvlm.core.config import InputError, compose_config
 from dst_smolvlm.metrics.scores import COLUMNS
 from dst_smolvlm.runs.training_run import StreamingValidation, make_trainer, train
-from dst_smolvlm.training.trainer import last_whole_checkpoint, training_arguments
+from dst_smolvlm.training.resume import last_whole_checkpoint
+from dst_smolvlm.training.arguments import training_arguments
 
 SMALL = [*processes.SMALL, 'data.train_videos=4', 'data.validation_videos=1', '++train.max_steps=3', '++train.use_cpu=true',
          '++train.save_strategy=no', '++train.per_device_train_batch_size=1', 'eval.max_reply_tokens=2']

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from ..core.config import InputError
 from ..model.checkpoints import load_pretrained
 from ..streaming.session import backbone_dtype, pick_device, prepare
-from ..training.dataset import DSTStreamDataset, StreamCollator, model_inputs
+from ..training.batches import StreamCollator, model_inputs
+from ..training.dataset import DSTStreamDataset
 
 # %% ../../nbs/07_metrics/10_perplexity.ipynb #58e989ad
 def perplexity(checkpoint, scenes, cfg) -> float|None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'StreamingValidation', 'open_store', 'validation_scenes', 'check_watching', 'check_fit', 'Patience',
-           'make_trainer', 'show_dry_run', 'training_facts', 'gather_weights', 'save_result', 'train']
+           'training_rows', 'make_trainer', 'show_dry_run', 'training_facts', 'gather_weights', 'save_result', 'train']
 
 # %% ../../nbs/09_runs/00_training_run.ipynb #2ee7032d
 import json, math, shutil, tempfile
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils import DistributedType, gather_object
+from fastcore.basics import patch
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
@@ -26,7 +27,8 @@ from ..metrics.scores import COLUMNS, score_traces
 from ..model.checkpoints import load_model, save_model
 from ..streaming.session import runner_options, stream_record
 from ..training.adapters import adapt, quantization
-from ..training.dataset import DSTStreamDataset, StreamCollator
+from ..training.batches import StreamCollator
+from ..training.dataset import DSTStreamDataset
 from ..training.dry_run import dry_run, row_counts
 from ..training.feature_store import FeatureStore, encoder_fingerprint
 from ..training.feature_writer import load_encoder
@@ -35,7 +37,9 @@ from ..training.lora import is_adapted, merged, save_adapter
 from ..training.losses import PARTS, weights_from_data
 from ..training.parameter_groups import check_rates, part_sizes
 from ..training.resume import RESULTS, finish, move_aside, run, same_run
-from ..training.trainer import DSTTrainer, DSTTrainingArguments, check_ranks, last_whole_checkpoint, training_arguments
+from ..training.resume import last_whole_checkpoint
+from ..training.arguments import DSTTrainingArguments, training_arguments
+from ..training.trainer import DSTTrainer, check_ranks
 from ..world.scenes import DecodeError, load_auxiliary_scenes, load_scenes, scene_video
 
 # %% ../../nbs/09_runs/00_training_run.ipynb #71589859
@@ -57,20 +61,27 @@ class StreamingValidation:
         everyone = dict(gather_object(found))
         return [everyone[i] for i in range(len(self.scenes))]
 
-    def __call__(self, trainer) -> dict:
-        with torch.compiler.set_stance('force_eager'): found = self.traces(trainer)         # a cache has another length at every frame
-        failed = {e.record.uid: str(e) for e in found if isinstance(e, DecodeError)}
-        trainer.report_failed(failed, trainer.failed.validation, 'this validation video is left out')
-        counted = dict(stream_failed=len(failed) + found.count(None))
-        found = [(t, s.record) for t, s in zip(found, self.scenes) if not isinstance(t, DecodeError)]
-        if not found: return counted | {f'stream_{c}': math.nan for c in COLUMNS}
-        records, tolerance = [r for _, r in found], self.cfg.eval.tolerance_s
-        traces = [baseline_trace('always_silent', r) if t is None else t for t, r in found]
-        quiet = dict(cooldown_s=self.cfg.eval.cooldown_s)
-        tuned = {head: t.threshold for head, t in tune_thresholds(traces, records, tolerance, **quiet).items()}
-        traces = [with_thresholds(t, r, tuned, **quiet) for t, r in zip(traces, records)]
-        scores = score_traces(traces, records, tolerance)
-        return counted | {f'stream_{c}': scores[c] or 0. for c in COLUMNS}
+# %% ../../nbs/09_runs/00_training_run.ipynb #ed9adfb3
+@patch
+def score(self:StreamingValidation, found:list) -> dict:
+    "The scores of traces, as `traces` returns them, with thresholds tuned on them; NaN if no video is left."
+    left = [(t, s.record) for t, s in zip(found, self.scenes) if not isinstance(t, DecodeError)]
+    if not left: return {f'stream_{c}': math.nan for c in COLUMNS}
+    records, tolerance = [r for _, r in left], self.cfg.eval.tolerance_s
+    traces = [baseline_trace('always_silent', r) if t is None else t for t, r in left]
+    quiet = dict(cooldown_s=self.cfg.eval.cooldown_s)
+    tuned = {head: t.threshold for head, t in tune_thresholds(traces, records, tolerance, **quiet).items()}
+    traces = [with_thresholds(t, r, tuned, **quiet) for t, r in zip(traces, records)]
+    scores = score_traces(traces, records, tolerance)
+    return {f'stream_{c}': scores[c] or 0. for c in COLUMNS}
+
+@patch
+def __call__(self:StreamingValidation, trainer) -> dict:
+    "Stream all scenes, report those that cannot be decoded, and score the others."
+    with torch.compiler.set_stance('force_eager'): found = self.traces(trainer)         # a cache has another length at every frame
+    failed = {e.record.uid: str(e) for e in found if isinstance(e, DecodeError)}
+    trainer.failed.add_videos(failed, trainer.accelerator)
+    return dict(stream_failed=len(failed) + found.count(None)) | self.score(found)
 
 # %% ../../nbs/09_runs/00_training_run.ipynb #82bc6a99
 def open_store(cfg, args:DSTTrainingArguments, model, scenes) -> FeatureStore | None:
@@ -118,8 +129,7 @@ def check_fit(cfg, args:DSTTrainingArguments, model):
     if args.max_seq_len > limit: raise InputError(f'train.max_seq_len={args.max_seq_len}: this model reads at most {limit} tokens')
     if args.auxiliary_samples and model.config.pointer_source == 'hidden':
         raise InputError('train.auxiliary_samples: they do not pass the language model, whose hidden states model.pointer_source=hidden '
-                         'compares; '
-                         'set train.auxiliary_samples=0')
+                         'compares; set train.auxiliary_samples=0')
     if args.eval_strategy != 'no': runner_options(cfg, model, dict(speak=.5, update=.5))
 
 # %% ../../nbs/09_runs/00_training_run.ipynb #c200c0eb
@@ -127,6 +137,21 @@ class Patience(EarlyStoppingCallback):
     "Ends a training that gets no better; an evaluation without a figure says nothing about that."
     def check_metric_value(self, args, state, control, metric_value):
         if not math.isnan(metric_value): super().check_metric_value(args, state, control, metric_value)
+
+# %% ../../nbs/09_runs/00_training_run.ipynb #53a27f3c
+def training_rows(cfg, args:DSTTrainingArguments, model, layout) -> DSTStreamDataset:
+    "The rows of the training videos; with `train.class_weights=data` the class weights in `args` are set by them."
+    scenes = load_scenes(cfg.data, 'train')
+    if not len(scenes): raise InputError(f'data={cfg.data.name}: there is no training video')
+    if args.class_weights not in ('fixed', 'data'): raise InputError(f"train.class_weights={args.class_weights}: choose 'fixed' or 'data'")
+    if args.class_weights == 'data':
+        for key, value in weights_from_data((s.record for s in scenes), args.negative_keep).items(): setattr(args, key, value)
+    return DSTStreamDataset(
+        scenes, layout, model.config.vision_config.image_size, args.max_seq_len, state_corruption=args.state_corruption,
+        state_corruption_epochs=args.state_corruption_epochs, drop_replies=args.drop_replies, from_middle=args.from_middle,
+        negative_keep=args.negative_keep, dialogues=args.dialogues,
+        auxiliary_samples=args.auxiliary_samples, auxiliary_scenes=load_auxiliary_scenes(cfg.data), frame_grad=args.frame_grad,
+        store=open_store(cfg, args, model, scenes), split_long=args.split_long, max_failed=args.max_failed_clips, seed=args.seed)
 
 # %% ../../nbs/09_runs/00_training_run.ipynb #63b72864
 def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
@@ -137,24 +162,12 @@ def make_trainer(cfg, args:DSTTrainingArguments) -> DSTTrainer:
     adapt(model, args)
     check_rates(model, args)
     check_fit(cfg, args, model)
-    scenes = load_scenes(cfg.data, 'train')
-    if not len(scenes): raise InputError(f'data={cfg.data.name}: there is no training video')
-    if args.class_weights not in ('fixed', 'data'): raise InputError(f"train.class_weights={args.class_weights}: choose 'fixed' or 'data'")
-    if args.class_weights == 'data':
-        for key, value in weights_from_data((s.record for s in scenes), args.negative_keep).items(): setattr(args, key, value)
-    size = model.config.vision_config.image_size
-    data = DSTStreamDataset(
-        scenes, layout, size, args.max_seq_len, state_corruption=args.state_corruption,
-        state_corruption_epochs=args.state_corruption_epochs, drop_replies=args.drop_replies, from_middle=args.from_middle,
-        negative_keep=args.negative_keep, dialogues=args.dialogues,
-        auxiliary_samples=args.auxiliary_samples, auxiliary_scenes=load_auxiliary_scenes(cfg.data), frame_grad=args.frame_grad,
-        store=open_store(cfg, args, model, scenes), split_long=args.split_long, max_failed=args.max_failed_clips, seed=args.seed)
-    held_out = validation_scenes(cfg, args)
+    data, held_out = training_rows(cfg, args, model, layout), validation_scenes(cfg, args)
     if args.eval_strategy != 'no' and not held_out:
         if args.process_index == 0: print(f'data={cfg.data.name}: no validation video; nothing is evaluated, the last checkpoint counts')
         args.eval_strategy, args.load_best_model_at_end = 'no', False
     plain = dict(state_corruption=0, drop_replies=0, from_middle=0, dialogues=0, auxiliary_samples=0)
-    evaluated = DSTStreamDataset(held_out, layout, size, args.max_seq_len, split_long=args.split_long, **plain)
+    evaluated = DSTStreamDataset(held_out, layout, data.options.image_size, args.max_seq_len, split_long=args.split_long, **plain)
     patience = args.early_stopping_patience if held_out else None
     trainer = DSTTrainer(model=model, args=args, layout=layout, train_dataset=data, eval_dataset=evaluated if held_out else None,
                          data_collator=StreamCollator(layout.tokenizer.pad_token_id),
