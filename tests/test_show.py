@@ -16,7 +16,8 @@ from dst_smolvlm.data.frames import iter_frames, prefetch, read_frames, video_le
 from dst_smolvlm.streaming.reference_traces import example_trace
 from dst_smolvlm.viz.canvas import fit_image
 from dst_smolvlm.viz.live_view import Screen
-from dst_smolvlm.viz.state_strip import SPEAK, STATE_COLORS, LaneStrip
+from dst_smolvlm.core.states import STATE_COLORS
+from dst_smolvlm.viz.state_strip import SPEAK, LaneStrip
 from dst_smolvlm.viz.video_output import VideoWriter, open_window, replay, source_address
 
 HALF = dict(speak=.5, update=.5)
