@@ -8,6 +8,7 @@ __all__ = ['STATE_COLORS', 'SPEAK', 'UPDATE', 'WRONG', 'MARK_COLORS', 'WIDEST', 
 # %% ../../nbs/06_viz/00_state_strip.ipynb #137fe8b5
 import matplotlib.pyplot as plt
 import numpy as np
+from fastcore.basics import patch
 from matplotlib.axes import Axes
 from PIL import ImageColor
 
@@ -73,33 +74,37 @@ class LaneStrip:
         "Seconds from one end of the strip to the other."
         return self.cells.shape[1]//self.column*self.per_cell/self.fps
 
-    def add(self, time_s: float, state: np.ndarray, marks: list[bool]) -> bool:
-        "The next frame, with what was said and decided there; True if the time axis is new."
-        begins = self.first is None
-        if begins: self.first = time_s
-        new = np.array([*(_BLANK + 1 + k if on else _BLANK for k, on in enumerate(marks)), *state, _BLANK], np.uint8)
-        frame, compressed = max(0, round((time_s - self.first)*self.fps)), False
-        while frame//self.per_cell*self.column >= self.cells.shape[1]:
-            self._compress()
-            compressed = True
-        at = max(self.last, frame//self.per_cell)
-        if self.last >= 0: self.cells[3:, self.last + 1:at] = self.cells[3:, self.last, None]         # frames left out: nothing has changed
-        self.cells[:, at] = _merged(self.cells[:, at], new)
-        begin, self.last = 0 if compressed else max(0, min(self.last + 1, at)), at
-        painted = _PALETTE[self.cells[self._row, begin:at + 1]].repeat(self.column, 1)
-        self.pixels[:, begin*self.column:(at + 1)*self.column] = painted
-        return begins or compressed
-
-    def _compress(self):
-        if self.column > 1: self.column //= 2
-        else:
-            self.per_cell *= 2
-            self.cells[:, :self.cells.shape[1]//2] = _merged(self.cells[:, ::2], self.cells[:, 1::2])
-            self.cells[:, self.cells.shape[1]//2:] = _BLANK
-            self.last //= 2
-        self.pixels[:] = 255
-
+# %% ../../nbs/06_viz/00_state_strip.ipynb #629a8400
 def _merged(early, late) -> np.ndarray:
     "Merge two cells: a mark or a step in progress in either stays; otherwise the later state, if there is one."
     either = np.where((early == IN_PROGRESS) | (late == IN_PROGRESS), IN_PROGRESS, np.where(late == _BLANK, early, late))
     return np.where((early > _BLANK) | (late > _BLANK), np.maximum(early, late), either)
+
+@patch
+def _compress(self:LaneStrip):
+    if self.column > 1: self.column //= 2
+    else:
+        self.per_cell *= 2
+        self.cells[:, :self.cells.shape[1]//2] = _merged(self.cells[:, ::2], self.cells[:, 1::2])
+        self.cells[:, self.cells.shape[1]//2:] = _BLANK
+        self.last //= 2
+    self.pixels[:] = 255
+
+# %% ../../nbs/06_viz/00_state_strip.ipynb #12fe64c2
+@patch
+def add(self:LaneStrip, time_s: float, state: np.ndarray, marks: list[bool]) -> bool:
+    "The next frame, with what was said and decided there; True if the time axis is new."
+    begins = self.first is None
+    if begins: self.first = time_s
+    new = np.array([*(_BLANK + 1 + k if on else _BLANK for k, on in enumerate(marks)), *state, _BLANK], np.uint8)
+    frame, compressed = max(0, round((time_s - self.first)*self.fps)), False
+    while frame//self.per_cell*self.column >= self.cells.shape[1]:
+        self._compress()
+        compressed = True
+    at = max(self.last, frame//self.per_cell)
+    if self.last >= 0: self.cells[3:, self.last + 1:at] = self.cells[3:, self.last, None]         # frames left out: nothing has changed
+    self.cells[:, at] = _merged(self.cells[:, at], new)
+    begin, self.last = 0 if compressed else max(0, min(self.last + 1, at)), at
+    painted = _PALETTE[self.cells[self._row, begin:at + 1]].repeat(self.column, 1)
+    self.pixels[:, begin*self.column:(at + 1)*self.column] = painted
+    return begins or compressed
