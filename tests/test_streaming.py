@@ -251,16 +251,16 @@ def test_what_stays_after_every_cut(tiny, way, monkeypatch):
 
 
 def test_state_with_predictions_is_never_forgotten(tiny):
-    "Under summarize_with_dst the state that the context tells is the one that was believed, after any number of cuts; so is the filter's."
+    "Under summarize_with_dst the state that the context tells is the predicted one, after any number of cuts; so is the filter's."
     runner, rng = start(tiny, small_strategy('summarize_with_dst', tail_tokens=12), speak_threshold=2.), np.random.default_rng(0)
     runner.stream.tracker = Scripted([0, 0, 0])
     cuts = 0
     for image in film(3, 90):
         if rng.random() < .2: runner.stream.tracker.change(rng)
-        before, believed = runner.previous_state.copy(), runner.stream.tracker.state.copy()
+        before, predicted = runner.previous_state.copy(), runner.stream.tracker.state.copy()
         result = runner.push(image)
         if result.dropped_tokens: cuts += 1; assert (runner.stream.tracker.restarted == before).all()
-        assert (result.state == believed).all() and (runner.previous_state == believed).all()
+        assert (result.state == predicted).all() and (runner.previous_state == predicted).all()
     assert cuts >= 5
 
 

@@ -35,11 +35,11 @@ def _encoder() -> str:
 
 # %% ../../nbs/06_viz/04_video_output.ipynb #0dc88eac
 class VideoWriter:
-    "Writes pictures to an mp4, as a context manager; Ctrl-C inside the block keeps what was written, any other error does not."
+    "Writes frames to an mp4, as a context manager; Ctrl-C inside the block keeps what was written, any other error does not."
     closed = False
     def __init__(self, path, fps: float = 2.):
         if not fps > 0: raise InputError(f'{path}: fps={fps}: must be positive')
-        self.path, self.fps, self.num_pictures = Path(path), Fraction(fps).limit_denominator(1001), 0
+        self.path, self.fps, self.num_frames = Path(path), Fraction(fps).limit_denominator(1001), 0
 
     @contextmanager
     def _writing(self):
@@ -48,7 +48,7 @@ class VideoWriter:
             with av.open(f'file:{file.name}', 'w', format='mp4') as self._container:
                 try: yield
                 except KeyboardInterrupt as e: stopped = e
-                if not self.num_pictures: raise stopped or InputError(f'{self.path}: no pictures to write')
+                if not self.num_frames: raise stopped or InputError(f'{self.path}: no frames to write')
                 self._container.mux(self._stream.encode(None))
         if stopped: raise stopped
 
@@ -62,23 +62,23 @@ class VideoWriter:
 
 # %% ../../nbs/06_viz/04_video_output.ipynb #0670a7f6
 @patch
-def show(self:VideoWriter, picture: np.ndarray):
-    "Append a view, uint8 [H, W, 3]; all have one size, H and W even."
-    height, width = picture.shape[:2]
-    if not self.num_pictures:
-        if height % 2 or width % 2: raise InputError(f'{self.path}: pictures of {height} x {width} pixels; H.264 needs even numbers')
+def show(self:VideoWriter, image: np.ndarray):
+    "Append a frame, uint8 [H, W, 3]; all have one size, H and W even."
+    height, width = image.shape[:2]
+    if not self.num_frames:
+        if height % 2 or width % 2: raise InputError(f'{self.path}: frames of {height} x {width} pixels; H.264 needs even numbers')
         name = _encoder()
         self._stream = self._container.add_stream(name, rate=self.fps, options=_ENCODERS[name])
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, 'yuv420p'
     if (width, height) != (self._stream.width, self._stream.height):
-        raise InputError(f'{self.path}: pictures change their size to {height} x {width}')
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format='rgb24')
-    frame.pts, frame.time_base, self.num_pictures = self.num_pictures, 1/self.fps, self.num_pictures + 1
+        raise InputError(f'{self.path}: frames change their size to {height} x {width}')
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format='rgb24')
+    frame.pts, frame.time_base, self.num_frames = self.num_frames, 1/self.fps, self.num_frames + 1
     self._container.mux(self._stream.encode(frame))
 
 # %% ../../nbs/06_viz/04_video_output.ipynb #180d009a
 class Window:
-    "A window that shows pictures, as a context manager; `closed` once the user has closed it or pressed Escape or q. One thread only."
+    "A window that shows frames, as a context manager; `closed` once the user has closed it or pressed Escape or q. One thread only."
     def __init__(self, title: str = 'dst_smolvlm'):
         import tkinter
         self._root, self._photo, self.closed, self._broken = tkinter.Tk(), None, False, tkinter.TclError
@@ -88,12 +88,12 @@ class Window:
         self._label = tkinter.Label(self._root, borderwidth=0)
         self._label.pack()
 
-    def show(self, picture: np.ndarray):
-        "Show a picture, uint8 [H, W, 3], and look at what the user did."
+    def show(self, image: np.ndarray):
+        "Show a frame, uint8 [H, W, 3], and look at what the user did."
         from PIL import ImageTk
         if self.closed: return
         try:
-            self._photo = ImageTk.PhotoImage(Image.fromarray(picture), master=self._root)   # Tk shows only what somebody holds
+            self._photo = ImageTk.PhotoImage(Image.fromarray(image), master=self._root)   # Tk shows it only while it is referenced
             self._label.configure(image=self._photo)
             self._root.update()
         except self._broken: self.closed = True            # the display is gone
