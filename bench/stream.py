@@ -61,7 +61,7 @@ class SpeakAt:
         return self.frame in self.frames
 
 def script(stream, states, speaks):
-    stream.tracker, stream.speak_threshold = Replay(states), SpeakAt(speaks)
+    stream.tracker, stream.options.speak_threshold = Replay(states), SpeakAt(speaks)
 
 def tiny():
     "The tiny model, whose replies do not end before they are as long as they may be: what it says changes no time."
@@ -448,7 +448,7 @@ class Live:
     def frames(self, count:int, speak:float) -> tuple[float, list]:
         "So many frames of every stream, one after the other → seconds, and the results."
         for k, stream in self.batch.streams.items():
-            stream.speak_threshold = speak
+            stream.options.speak_threshold = speak
             for i in range(count): self.batch.add(k, self.images[i % 8])
         results, begin = [], time.perf_counter()
         while self.batch.busy: results += [r for _, r in self.step()]
@@ -457,7 +457,8 @@ class Live:
         "Frames come at their times, every `speak`-th is answered → p99 of ms from due to decision; inf if work piles up."
         rng = np.random.default_rng(0)
         due = sorted((begin + i/fps, k) for k, begin in enumerate(rng.uniform(0, 1/fps, self.slots)) for i in range(int(seconds*fps)))
-        for k, stream in self.batch.streams.items(): stream.speak_threshold = SpeakAt(set(range(k % speak, int(seconds*fps), speak)))
+        for k, stream in self.batch.streams.items():
+            stream.options.speak_threshold = SpeakAt(set(range(k % speak, int(seconds*fps), speak)))
         waits, late, due, begin = [], defaultdict(deque), deque(due), time.perf_counter()
         while due or self.batch.busy:
             now = time.perf_counter() - begin

@@ -340,7 +340,7 @@ def test_ctrl_c_keeps_the_video(tmp_path, after):
 
 def test_ctrl_c_before_the_first_picture_and_no_pictures(tmp_path):
     with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path/'a.mp4'): raise KeyboardInterrupt
-    with pytest.raises(InputError, match='a.mp4: no pictures'), VideoWriter(tmp_path/'a.mp4'): pass
+    with pytest.raises(InputError, match='a.mp4: no frames'), VideoWriter(tmp_path/'a.mp4'): pass
     assert os.listdir(tmp_path) == []
 
 

@@ -25,7 +25,7 @@ class Life:
         if self.rng.random() < .02:
             step = self.rng.integers(len(NAMES))
             self.state[step] = (self.state[step] + 1) % 3
-        self.stream.speak_threshold = 0. if self.rng.random() < .05 else 2.
+        self.stream.options.speak_threshold = 0. if self.rng.random() < .05 else 2.
         return self.state.copy()
 
 def event(rng, i):

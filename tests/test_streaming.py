@@ -220,7 +220,7 @@ def test_what_stays_after_every_cut(tiny, way, monkeypatch):
     for i, image in enumerate(film(2, 60)):
         if rng.random() < .25: runner.stream.tracker.change(rng)
         words = ['Is it done?'] if rng.random() < .1 else []
-        runner.stream.speak_threshold = 0. if rng.random() < .15 else 2.
+        runner.stream.options.speak_threshold = 0. if rng.random() < .15 else 2.
         log = [(s.kind, s.frame, list(s.ids)) for s in memory.segments]
         new = 1 + sum(len(layout.user(w)) for w in words)
         full = sum(len(ids) for *_, ids in log) + new + strategy.reserved_seq_len >= strategy.max_seq_len
@@ -252,16 +252,16 @@ def test_what_stays_after_every_cut(tiny, way, monkeypatch):
 
 
 def test_state_with_predictions_is_never_forgotten(tiny):
-    "Under summarize_with_dst the state that the context tells is the one that was believed, after any number of cuts; so is the filter's."
+    "Under summarize_with_dst the state that the context tells is the predicted one, after any number of cuts; so is the filter's."
     runner, rng = start(tiny, small_strategy('summarize_with_dst', tail_tokens=12), speak_threshold=2.), np.random.default_rng(0)
     runner.stream.tracker = Scripted([0, 0, 0])
     cuts = 0
     for image in film(3, 90):
         if rng.random() < .2: runner.stream.tracker.change(rng)
-        before, believed = runner.previous_state.copy(), runner.stream.tracker.state.copy()
+        before, predicted = runner.previous_state.copy(), runner.stream.tracker.state.copy()
         result = runner.push(image)
         if result.dropped_tokens: cuts += 1; assert (runner.stream.tracker.restarted == before).all()
-        assert (result.state == believed).all() and (runner.previous_state == believed).all()
+        assert (result.state == predicted).all() and (runner.previous_state == predicted).all()
     assert cuts >= 5
 
 
@@ -312,7 +312,7 @@ def test_log_and_cache_agree_whatever_comes(way, events, room, near, forever):
         else:
             colour, speaks, changes, said = event
             if changes: runner.stream.tracker.change(np.random.default_rng(i))
-            runner.stream.speak_threshold = 0. if speaks else 2.
+            runner.stream.options.speak_threshold = 0. if speaks else 2.
             words = ['Which one?']*said
             user_turns = [*runner.user_turns, *words]
             if len(user_turns) > 4: runner.user_turns = []; user_turns = words
@@ -652,7 +652,7 @@ def test_a_slot_remembers_nobody(tiny, moment, monkeypatch):
               for i, (a, b) in enumerate(zip(film(20, 12), film(22, 12)))]
     stream = batch.streams['leaves']
     if moment == 'reply':
-        stream.speak_threshold = 0.
+        stream.options.speak_threshold = 0.
         batch.add('leaves', picture(3), ['Hello?'])
         while not ('leaves' in batch.working and batch.working['leaves'].request.what == 'token'): batch.step()
         batch.step()

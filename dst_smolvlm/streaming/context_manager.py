@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..core.config import InputError
@@ -30,12 +31,13 @@ def longest_prompt(write_prompt, num_steps:int) -> int:
     for k in range(num_steps): prompts += [write_prompt([s if j == k else 2 for j in range(num_steps)]) for s in (0, 1)]
     return prompts[0].step_spans[0][0] + lines + max(len(p.ids) - p.step_spans[-1][1] for p in prompts)
 
+# %% ../../nbs/05_streaming/05_context_manager.ipynb #e4386b94
 class KVCacheManager:
     "Keeps one stream within its budget: asks the strategy, and brings cache and log into line with what it says."
     def __init__(
         self, model: DSTSmolVLM, layout: StreamLayout, memory: StreamMemory, strategy: BaseContextStrategy,
         write_prompt: Callable,         # state [S] → `Prompt`
-        video_uid: str = '', fps: float = 2.,   # asked for by an oracle alone
+        video_uid: str = '', fps: float = 2.,   # only an oracle strategy asks for them
     ):
         self.model, self.layout, self.memory, self.strategy, self.write_prompt = model, layout, memory, strategy, write_prompt
         self.first, self.video_uid, self.fps, self.overflows = memory.segments[0], video_uid, fps, 0
@@ -43,42 +45,47 @@ class KVCacheManager:
         self.prompt_tokens = longest_prompt(write_prompt, len(memory.previous_state)) if strategy.rewrites else len(self.first.ids)
         strategy.check(self.prompt_tokens, len(layout.frame))
 
+    def is_full(self, new:int) -> bool: return self.strategy.is_full(self.memory.length + self.memory.unread + new)
     def ask_summary(self, max_tokens:int) -> Segment:
         self.model.run(generate_turn(self.memory, 'summary', self.layout.summary_open(), self.layout, max_tokens), self.layout)
         return self.memory.segments[-1]
 
-    def is_full(self, new:int) -> bool: return self.strategy.is_full(self.memory.length + self.memory.unread + new)
-    def make_room(self, new:int) -> int:
-        "Let the strategy act if `new` tokens more would not fit; → how many tokens that dropped."
-        memory = self.memory
-        if not self.is_full(new): return 0
-        about = self.write_prompt, self.ask_summary, self.video_uid, self.fps
-        context = Context(list(memory.segments), self.first, new, self.prompt_tokens, *about)
-        before, n = memory.length + memory.unread, len(memory.segments)
-        try: after = self.strategy.handle_overflow(context)
-        except InputError:
-            if len(memory.segments) > n:                                       # a summary for nothing
-                del memory.segments[n:]
-                memory.cache.keep(memory.row, range(before))
-                memory.unread = 0
-            raise
-        self.apply(after)
-        self.overflows += 1
-        return before - memory.length - memory.unread
+# %% ../../nbs/05_streaming/05_context_manager.ipynb #aa7184bb
+@patch
+def apply(self:KVCacheManager, after:Continuation):
+    "Make cache and log what a strategy says."
+    memory, starts, slots, at = self.memory, {}, [], 0
+    for s in memory.segments:
+        starts[id(s)] = at
+        at += len(s.ids)
+    for s in after.kept: slots += range(starts[id(s)], min(starts[id(s)] + len(s.ids), memory.length))
+    held = memory.cache.next_position[memory.row]
+    far = held + self.strategy.max_seq_len >= self.last_position                     # the positions would run out
+    memory.cache.keep(memory.row, slots, after.rerotate or far)
+    if not (after.kept and after.kept[0] is memory.segments[0]): memory.steps = None    # another prompt, which is read anew
+    memory.segments = after.kept + after.prefill
+    memory.unread = size(memory.segments) - len(slots)
+    memory.previous_state = visible_state(memory.segments)
 
-    def apply(self, after:Continuation):
-        "Make cache and log what a strategy says."
-        memory, slots, at = self.memory, [], 0
-        starts = {}
-        for s in memory.segments: starts[id(s)] = at; at += len(s.ids)
-        for s in after.kept: slots += range(starts[id(s)], min(starts[id(s)] + len(s.ids), memory.length))
-        held = memory.cache.next_position[memory.row]
-        far = held + self.strategy.max_seq_len >= self.last_position                     # the positions would run out
-        memory.cache.keep(memory.row, slots, after.rerotate or far)
-        if not (after.kept and after.kept[0] is memory.segments[0]): memory.steps = None    # another prompt, which is read anew
-        memory.segments = after.kept + after.prefill
-        memory.unread = size(memory.segments) - len(slots)
-        memory.previous_state = visible_state(memory.segments)
+# %% ../../nbs/05_streaming/05_context_manager.ipynb #acd366bf
+@patch
+def make_room(self:KVCacheManager, new:int) -> int:
+    "Let the strategy act if `new` tokens more would not fit; → how many tokens that dropped."
+    memory = self.memory
+    if not self.is_full(new): return 0
+    about = self.write_prompt, self.ask_summary, self.video_uid, self.fps
+    context = Context(list(memory.segments), self.first, new, self.prompt_tokens, *about)
+    before, n = memory.length + memory.unread, len(memory.segments)
+    try: after = self.strategy.handle_overflow(context)
+    except InputError:
+        if len(memory.segments) > n:                                       # a summary for nothing
+            del memory.segments[n:]
+            memory.cache.keep(memory.row, range(before))
+            memory.unread = 0
+        raise
+    self.apply(after)
+    self.overflows += 1
+    return before - memory.length - memory.unread
 
 # %% ../../nbs/05_streaming/05_context_manager.ipynb #a8bceca4
 DECIDED = 'speak', 'update', 'state', 'pointer'
@@ -86,13 +93,13 @@ DECIDED = 'speak', 'update', 'state', 'pointer'
 @torch.inference_mode()
 def deviation(model, memory:StreamMemory, frame_tokens:torch.Tensor) -> dict[str, float]:
     """After one more frame [1, N, D]: the largest differences between the stream's cache and a fresh reading of what its log says, in the
-    logits of the words (relative to their spread), and in the probabilities of the decisions. The stream is left as it was."""
+    logits of the next token (relative to their spread), and in the probabilities of the decisions. The stream is left as it was."""
     frame, row, cache = [model.config.image_token_id]*frame_tokens.shape[1], memory.row, memory.cache
     spans = torch.tensor([memory.prompt.step_spans], device=model.device)
     previous_state = torch.from_numpy(memory.previous_state[None, None].astype(np.int64)).to(model.device)
-    images = lambda segments: [s.tokens for s in segments if s.tokens is not None] + [frame_tokens]
+    def images(segments): return [s.tokens for s in segments if s.tokens is not None] + [frame_tokens]
     def read(ids, images, cache, row, steps):
-        "→ logits of the words [V], and all probabilities."
+        "→ logits of the next token [V], and all probabilities."
         hidden, embeds = model.read_rows({row: ids + frame}, images, cache)
         last = hidden[row, len(ids) + len(frame) - 1][None, None]
         if steps is None: steps = model.step_memory(hidden[row][None], embeds[row][None], spans)
@@ -103,7 +110,7 @@ def deviation(model, memory:StreamMemory, frame_tokens:torch.Tensor) -> dict[str
     cache.lengths[row], cache.next_position[row] = before
     log = [i for s in memory.segments for i in s.ids]
     fresh_words, fresh_decisions = read(log, images(memory.segments), model.stream_cache(), 0, None)
-    worst = lambda a, b: (a - b).abs().max()
+    def worst(a, b): return (a - b).abs().max()
     return dict(words=(worst(words, fresh_words)/fresh_words.std()).item(), decisions=worst(decisions, fresh_decisions).item())
 
 # %% ../../nbs/05_streaming/05_context_manager.ipynb #d32cb3d1
@@ -139,7 +146,7 @@ def measure(model, layout, name:str, options:dict, frames, record, cuts=(1, 3, 1
 
 # %% ../../nbs/05_streaming/05_context_manager.ipynb #df41390e
 def key_drift(inv_freq, cuts=(1, 10, 100), by:int=-37, dtype=torch.bfloat16) -> dict[int, float]:
-    "Relative error of random keys that were turned so often and kept in `dtype` in between, against one turn in float32."
+    "Relative error of random keys that were re-rotated so often and kept in `dtype` in between, against one re-rotation in float32."
     torch.manual_seed(0)
     start = torch.randn(4, 256, 2*len(inv_freq)).to(dtype)
     errors, keys = {}, start
@@ -163,4 +170,4 @@ def format_report(report:dict) -> str:
     drift = ', '.join(f'{n}: {error:.2%}' for n, error in report['key_drift_bf16'].items())
     about = 'words: largest difference of a logit from a fresh reading, over their spread; decisions: of a probability'
     return '\n'.join([*lines, '', about,
-                      f'keys in bfloat16 after so many turns: {drift}'])
+                      f'keys in bfloat16 after so many re-rotations: {drift}'])

@@ -46,7 +46,7 @@ class Recorder:
 # %% ../../nbs/05_streaming/07_recorder.ipynb #00c4084b
 def trace_header(stream:Stream, record:VideoRecord, name:str='model', seed:int=0, meta:dict|None=None) -> Trace:
     "A trace without frames: what is known before the first one."
-    thresholds = dict(speak=stream.speak_threshold, update=stream.update_threshold)
+    thresholds = dict(speak=stream.options.speak_threshold, update=stream.options.update_threshold)
     return Trace(
         video_uid=record.uid, dataset=record.dataset, fps=record.fps, goal=record.goal, model=name, strategy=stream.strategy.name,
         filter=stream.tracker is not None, steps=[dict(id=s.id, name=s.name) for s in record.steps], frames=[],

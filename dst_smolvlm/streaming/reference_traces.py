@@ -76,7 +76,7 @@ def example_trace() -> Trace:
     states[20:23, star] = 0                                     # the star is noticed 1.5 s late
     states[30:35, blue], states[30:35, yellow] = 0, 1           # blue is taken for yellow, and corrected after 2.5 s
     speech[17] = speech.pop(16)                                 # half a second late: tolerable
-    speech[25] = 'Keep going.'                                  # nobody needs this
+    speech[25] = 'Keep going.'                                  # a needless reply
     speech[33] = 'The star is in. Go on: put the yellow circle in box 2.'   # says what it predicts, which is wrong
     del speech[37]                                              # the question stays without an answer
     return _soften(trace_from_states(record, states, dict(sorted(speech.items())), model='imagined model'))

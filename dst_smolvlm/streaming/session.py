@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.config import InputError
 from ..core.parallel import check_device
@@ -78,7 +79,7 @@ def stream_record(
     seed: int = 0,            # likewise
     meta: dict|None = None,   # likewise
     clock: RealTimeClock|None = None,   # by default the video waits
-    **options,                # of `Stream`
+    **options,                # of `StreamOptions`
 ) -> Trace:
     "Stream one video; raises `InputError` where the context is full and the strategy has no way out."
     record = observed(record)
@@ -86,7 +87,8 @@ def stream_record(
     runner = StreamRunner(model, layout, names, record.goal, record.knowledge, **about, **options)
     header, trace_frames, events = trace_header(runner.stream, record, name, seed, meta), [], []
     for frame, here, _ in stream_frames(runner, record, frames, clock):
-        trace_frames.append(frame); events += here
+        trace_frames.append(frame)
+        events += here
     return header.model_copy(update=dict(frames=trace_frames, events=events))
 
 # %% ../../nbs/05_streaming/08_session.ipynb #e29772a6
@@ -102,32 +104,40 @@ class OpenVideo:
     trace_frames: list = field(default_factory=list)
     events: list = field(default_factory=list)
 
-    def next_frame(self) -> tuple|None:
-        "The next frame and its user turns; None after the last."
-        try: image = next(self.frames)
-        except StopIteration:
-            self.frames = None
-            return None
-        self.waiting.append(self.user_turns.get(self.added, []))
-        self.added += 1
-        return image, self.waiting[-1]
-
-    def record(self, result):
-        "Append what became of the oldest frame that waits."
-        frame, events = self.recorder(result, self.waiting.popleft())
-        self.trace_frames.append(frame)
-        self.events += events
-
     @property
     def ended(self) -> bool: return self.frames is None and not self.waiting
 
+@patch
+def next_frame(self:OpenVideo) -> tuple|None:
+    "The next frame and its user turns; None after the last."
+    try: image = next(self.frames)
+    except StopIteration:
+        self.frames = None
+        return None
+    self.waiting.append(self.user_turns.get(self.added, []))
+    self.added += 1
+    return image, self.waiting[-1]
+
+@patch
+def record(self:OpenVideo, result):
+    "Append what became of the oldest frame that waits."
+    frame, events = self.recorder(result, self.waiting.popleft())
+    self.trace_frames.append(frame)
+    self.events += events
+
+@patch
+def trace(self:OpenVideo) -> Trace:
+    "The trace of what was recorded."
+    return self.header.model_copy(update=dict(frames=self.trace_frames, events=self.events))
+
+# %% ../../nbs/05_streaming/08_session.ipynb #7c04614c
 def stream_records(
     model: DSTSmolVLM, layout: StreamLayout,
     videos,                    # an iterable of (record, frames); taken when there is a free slot
     slots: int = 8,            # streams at once
     name: str = 'model', seed: int = 0, meta: dict|None = None,
     ahead: int = 4,            # frames of every video that are decoded before they are needed
-    **options,                 # of `Stream`
+    **options,                 # of `StreamOptions`
 ) -> Iterator[Trace]:
     "Stream videos side by side → their traces, as they end; raises `InputError` as `stream_record` does."
     batch, videos, streaming, more = BatchStreamRunner(model, layout, slots, **options), iter(enumerate(videos)), {}, True
@@ -149,8 +159,7 @@ def stream_records(
             streaming[key].record(result)
         for key in [key for key, video in streaming.items() if video.ended]:
             batch.leave(key)
-            video = streaming.pop(key)
-            yield video.header.model_copy(update=dict(frames=video.trace_frames, events=video.events))
+            yield streaming.pop(key).trace()
 
 # %% ../../nbs/05_streaming/08_session.ipynb #a5c6e4d9
 def given_thresholds(cfg) -> dict[str, float]:
@@ -182,7 +191,7 @@ def backbone_dtype(cfg) -> torch.dtype:
     return getattr(torch, cfg.eval.dtype)
 
 def runner_options(cfg, model, thresholds) -> dict:
-    "The options of `Stream` by a configuration."
+    "Keyword arguments for `StreamOptions` by a configuration."
     unknown = set(cfg.eval.state_tracker or {}) - set(inspect.signature(OnlineStateTracker).parameters)
     if unknown: raise InputError(f'eval.state_tracker.{sorted(unknown)[0]}: the state tracker has no such option')
     if not 0 <= cfg.eval.cooldown_s < np.inf: raise InputError(f'eval.cooldown_s={cfg.eval.cooldown_s}: must be seconds, 0 or more')

@@ -7,6 +7,7 @@ __all__ = ['OnlineStateTracker']
 
 # %% ../../nbs/05_streaming/00_state_tracker.ipynb #09170b7e
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.states import COMPLETED, IN_PROGRESS, NOT_STARTED
 
@@ -25,28 +26,34 @@ class OnlineStateTracker:
         self.established, self.undo_frames, self.frame = established, undo_frames, -1
         self.shown_for, self.done_at = np.zeros(len(self.state), int), np.full(len(self.state), -10**6)
 
-    def shown(self, pointer) -> np.ndarray:
-        "Pointer probabilities [S+1] → which steps are shown, bool [S]."
-        open_ = (self.state != COMPLETED) | (self.frame - self.done_at <= self.undo_frames)
-        p, none = np.where(open_, pointer[:-1], 0), pointer[-1]
-        log_odds = np.log((p + 1e-6)/(none + 1e-6))
-        enough = np.where(self.state == IN_PROGRESS, 0., self.begin)
-        return (log_odds > enough) & (p > self.beside*p.max())
+# %% ../../nbs/05_streaming/00_state_tracker.ipynb #2931ba45
+@patch
+def shown(self:OnlineStateTracker, pointer) -> np.ndarray:
+    "Pointer probabilities [S+1] → which steps are shown, bool [S]."
+    open_ = (self.state != COMPLETED) | (self.frame - self.done_at <= self.undo_frames)
+    p, none = np.where(open_, pointer[:-1], 0), pointer[-1]
+    log_odds = np.log((p + 1e-6)/(none + 1e-6))
+    enough = np.where(self.state == IN_PROGRESS, 0., self.begin)
+    return (log_odds > enough) & (p > self.beside*p.max())
 
-    def __call__(self, pointer) -> np.ndarray:
-        "Pointer probabilities [S+1] of the next frame → states [S]."
-        self.frame += 1
-        shown = self.shown(pointer)
-        for s in np.flatnonzero((self.state == IN_PROGRESS) & ~shown):
-            if shown.any() and self.shown_for[s] < self.established: self.state[s], self.shown_for[s] = NOT_STARTED, 0
-            else: self.state[s], self.done_at[s] = COMPLETED, self.frame
-        self.state[shown] = IN_PROGRESS
-        self.shown_for[shown] += 1
-        return self.state.copy()
+# %% ../../nbs/05_streaming/00_state_tracker.ipynb #6139276c
+@patch
+def __call__(self:OnlineStateTracker, pointer) -> np.ndarray:
+    "Pointer probabilities [S+1] of the next frame → states [S]."
+    self.frame += 1
+    shown = self.shown(pointer)
+    for s in np.flatnonzero((self.state == IN_PROGRESS) & ~shown):
+        if shown.any() and self.shown_for[s] < self.established: self.state[s], self.shown_for[s] = NOT_STARTED, 0
+        else: self.state[s], self.done_at[s] = COMPLETED, self.frame
+    self.state[shown] = IN_PROGRESS
+    self.shown_for[shown] += 1
+    return self.state.copy()
 
-    def restart(self, state):
-        "Go on from `state` [S]: where it is the tracker's own, nothing changes; elsewhere the step is as new in it."
-        state = np.array(state, dtype=np.int8)
-        if state.shape != self.state.shape: raise ValueError(f'restart: {len(state)} states for a state tracker of {len(self.state)} steps')
-        new = state != self.state
-        self.state[new], self.shown_for[new], self.done_at[new] = state[new], 0, -10**6
+# %% ../../nbs/05_streaming/00_state_tracker.ipynb #9f774798
+@patch
+def restart(self:OnlineStateTracker, state):
+    "Go on from `state` [S]: where it is the tracker's own, nothing changes; elsewhere the step is as new in it."
+    state = np.array(state, dtype=np.int8)
+    if state.shape != self.state.shape: raise ValueError(f'restart: {len(state)} states for a state tracker of {len(self.state)} steps')
+    new = state != self.state
+    self.state[new], self.shown_for[new], self.done_at[new] = state[new], 0, -10**6

@@ -13,6 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from fastcore.basics import patch
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
@@ -97,7 +98,7 @@ class TraceWriter:
         if self.path.is_dir(): raise InputError(f'{path}: is a folder; name a file')
         if self.path.suffix == '.part': raise InputError(f'{path}: is what an unfinished trace is called; name it otherwise')
         device = self.path.exists() and not self.path.is_file()    # or a pipe: no place beside it for a part
-        with tempfile.TemporaryFile() if device else atomic_write(self.part, 'w+b') as f:    # nobody sees a part without its header
+        with tempfile.TemporaryFile() if device else atomic_write(self.part, 'w+b') as f:    # a part never appears without its header
             self._file = os.fdopen(os.dup(f.fileno()), 'r+b')
             self._append(_header(header))
 
@@ -109,33 +110,41 @@ class TraceWriter:
             self._leave()
             raise
 
-    def add(self, frame: TraceFrame, events=()):
-        "Append the next frame and its events; `ValueError` if they do not fit what is there, `OSError` if they cannot be written."
-        events = list(events)
-        if why := contradiction([frame], events, len(self.header.steps), self.num_frames): raise ValueError(why)
-        self._append(dict(frame=frame, events=events))
-        self.num_frames += 1
-
-    def _lines(self):
-        self._file.seek(0)
-        next(self._file)                                           # the header
-        yield from map(json.loads, self._file)
-
-    def close(self) -> Path:
-        "Make the final file, as `write_trace` would, and remove the part; nothing if it was closed before, or failed."
-        if self._file.closed: return self.path
-        try:
-            events = (e for line in self._lines() for e in line['events'])
-            _write(self.path, _header(self.header), (line['frame'] for line in self._lines()), events)
-            with contextlib.suppress(OSError):                     # another writer may have taken the name
-                if os.path.samestat(os.fstat(self._file.fileno()), self.part.stat()): self.part.unlink()
-        finally: self._leave()
-        return self.path
-
     def _leave(self):
         with contextlib.suppress(OSError): self._file.close()      # which tries once more to write what did not fit
 
-    def __enter__(self): return self
-    def __exit__(self, error, *_):
-        if error: self._leave()
-        else: self.close()
+# %% ../../nbs/05_streaming/02_trace_writer.ipynb #8a312762
+@patch
+def add(self:TraceWriter, frame: TraceFrame, events=()):
+    "Append the next frame and its events; `ValueError` if they do not fit what is there, `OSError` if they cannot be written."
+    events = list(events)
+    if why := contradiction([frame], events, len(self.header.steps), self.num_frames): raise ValueError(why)
+    self._append(dict(frame=frame, events=events))
+    self.num_frames += 1
+
+# %% ../../nbs/05_streaming/02_trace_writer.ipynb #23c852e7
+@patch
+def _lines(self:TraceWriter):
+    self._file.seek(0)
+    next(self._file)                                           # the header
+    yield from map(json.loads, self._file)
+
+@patch
+def close(self:TraceWriter) -> Path:
+    "Make the final file, as `write_trace` would, and remove the part; nothing if it was closed before, or failed."
+    if self._file.closed: return self.path
+    try:
+        events = (e for line in self._lines() for e in line['events'])
+        _write(self.path, _header(self.header), (line['frame'] for line in self._lines()), events)
+        with contextlib.suppress(OSError):                     # another writer may have taken the name
+            if os.path.samestat(os.fstat(self._file.fileno()), self.part.stat()): self.part.unlink()
+    finally: self._leave()
+    return self.path
+
+@patch
+def __enter__(self:TraceWriter): return self
+
+@patch
+def __exit__(self:TraceWriter, error, *_):
+    if error: self._leave()
+    else: self.close()

@@ -56,7 +56,7 @@ def fit_image(
         raise InputError(f'a frame to show must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}')
     (width, height), (h, w) = size, image.shape[:2]
     scale = min(width/w, height/h)
-    k = max(1, int(1/scale))                       # a picture much too large is thinned out, which costs less than averaging
+    k = max(1, int(1/scale))                       # a frame much too large is thinned out, which costs less than averaging
     to = max(1, round(w*scale)), max(1, round(h*scale))
     small = Image.fromarray(np.ascontiguousarray(image[::k, ::k])).resize(to, Image.NEAREST if scale >= 3 else Image.BILINEAR)
     box, x, y = np.full((height, width, 3), 27, np.uint8), (width - to[0])//2, (height - to[1])//2

@@ -10,6 +10,7 @@ import math
 from collections import deque
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.config import InputError
 from ..core.states import COMPLETED, IN_PROGRESS, STATE_COLORS, STATE_NAMES
@@ -123,7 +124,7 @@ def _label_axis(canvas: Canvas, strip: LaneStrip, left: int, top: int):
 
 # %% ../../nbs/06_viz/03_live_view.ipynb #fcd7a72a
 class Screen:
-    "The picture of a running stream, always of one size: draw every frame with `draw`, in order of time."
+    "The live view of a running stream, always of one size: draw every frame with `draw`, in order of time."
     def __init__(self,
         step_names: list[str], fps: float = 2., goal: str = '',
         size: tuple = (1280, 720),   # (width, height), even numbers, as H.264 wants them
@@ -148,43 +149,47 @@ class Screen:
         _label_lanes(c, self.strip, x, y)
         c.painted = [(0, 0, W, y), (0, y, x, H), (x, y + lanes, W, H)]             # all but the lanes
 
-    def _draw_header(self, time_s, note):
-        "The time, and the last note for two seconds."
-        c, W = self.canvas, self.canvas.image.width
-        if note: self.note, self.note_until = cut_text(plain_line(note), c.font(14), .22*W), time_s + 2
-        header = clock_text(time_s), self.note if time_s < self.note_until else ''
-        if header == self.header: return
-        self.header = header
-        c.clear(round(.62*W), 0, W - round(.62*W), c.px(38))
-        if header[1]:
-            width = round(c.font(14).getlength(self.note)) + c.px(16)
-            c.box(W - c.px(130) - width, c.px(8), width, c.px(24), TINT, outline=STATE_COLORS[IN_PROGRESS])
-            c.text((W - c.px(138), c.px(20)), self.note, 14, anchor='rm')
-        c.text((W - c.px(12), c.px(20)), header[0], 20, anchor='rm', bold=True)
+# %% ../../nbs/06_viz/03_live_view.ipynb #312c138a
+@patch
+def _draw_header(self:Screen, time_s, note):
+    "The time, and the last note for two seconds."
+    c, W = self.canvas, self.canvas.image.width
+    if note: self.note, self.note_until = cut_text(plain_line(note), c.font(14), .22*W), time_s + 2
+    header = clock_text(time_s), self.note if time_s < self.note_until else ''
+    if header == self.header: return
+    self.header = header
+    c.clear(round(.62*W), 0, W - round(.62*W), c.px(38))
+    if header[1]:
+        width = round(c.font(14).getlength(self.note)) + c.px(16)
+        c.box(W - c.px(130) - width, c.px(8), width, c.px(24), TINT, outline=STATE_COLORS[IN_PROGRESS])
+        c.text((W - c.px(138), c.px(20)), self.note, 14, anchor='rm')
+    c.text((W - c.px(12), c.px(20)), header[0], 20, anchor='rm', bold=True)
 
-    def draw(self,
-        image: np.ndarray,      # uint8 [H, W, 3], the camera's frame, of any size
-        state,                  # [S], 0, 1 or 2 each
-        speak_prob: float, update_prob: float,
-        thresholds: dict,       # {'speak', 'update'}
-        said=(),                # (who, text) of this frame, who is 'user' or 'assistant'
-        time_s: float = 0.,     # of this frame; frames may be left out
-        note: str = '',         # what else one should know, for example 'frame skipped'
-    ) -> np.ndarray:            # uint8 [height, width, 3], the caller's own
-        "The picture after this frame; raises `InputError` for what is no frame, state or time."
-        state, said = np.asarray(state), list(said)
-        if state.shape != (self.num_steps,) or not set(state.tolist()) <= set(range(len(STATE_COLORS))):
-            raise InputError(f'state {state.tolist()}: must be 0, 1 or 2 for each of {self.num_steps} steps')
-        if not math.isfinite(time_s): raise InputError(f'time {time_s}: must be a number of seconds')
-        (left, top, width, height), who = self.camera, {who for who, _ in said}
-        camera = fit_image(image, (width, height))
-        marks = ['user' in who, 'assistant' in who, update_prob >= thresholds['update']]
-        if self.strip.add(time_s, state, marks): _label_axis(self.canvas, self.strip, *self.lanes_at)
-        self._draw_header(time_s, note)
-        self.steps.draw(state.tolist())
-        _draw_decision(self.canvas, self.bars[0], 'speak', SPEAK, speak_prob, thresholds['speak'])
-        _draw_decision(self.canvas, self.bars[1], 'update', UPDATE, update_prob, thresholds['update'])
-        self.words.draw(said, time_s)
-        self.canvas.flush()
-        self.canvas.pixels[top:top + height, left:left + width] = camera
-        return self.canvas.pixels.copy()
+# %% ../../nbs/06_viz/03_live_view.ipynb #cc561467
+@patch
+def draw(self:Screen,
+    image: np.ndarray,      # uint8 [H, W, 3], the camera's frame, of any size
+    state,                  # [S], 0, 1 or 2 each
+    speak_prob: float, update_prob: float,
+    thresholds: dict,       # {'speak', 'update'}
+    said=(),                # (who, text) of this frame, who is 'user' or 'assistant'
+    time_s: float = 0.,     # of this frame; frames may be left out
+    note: str = '',         # what else one should know, for example 'frame skipped'
+) -> np.ndarray:            # uint8 [height, width, 3], the caller's own
+    "The live view after this frame; raises `InputError` for what is no frame, state or time."
+    state, said = np.asarray(state), list(said)
+    if state.shape != (self.num_steps,) or not set(state.tolist()) <= set(range(len(STATE_COLORS))):
+        raise InputError(f'state {state.tolist()}: must be 0, 1 or 2 for each of {self.num_steps} steps')
+    if not math.isfinite(time_s): raise InputError(f'time {time_s}: must be a number of seconds')
+    (left, top, width, height), who = self.camera, {who for who, _ in said}
+    camera = fit_image(image, (width, height))
+    marks = ['user' in who, 'assistant' in who, update_prob >= thresholds['update']]
+    if self.strip.add(time_s, state, marks): _label_axis(self.canvas, self.strip, *self.lanes_at)
+    self._draw_header(time_s, note)
+    self.steps.draw(state.tolist())
+    _draw_decision(self.canvas, self.bars[0], 'speak', SPEAK, speak_prob, thresholds['speak'])
+    _draw_decision(self.canvas, self.bars[1], 'update', UPDATE, update_prob, thresholds['update'])
+    self.words.draw(said, time_s)
+    self.canvas.flush()
+    self.canvas.pixels[top:top + height, left:left + width] = camera
+    return self.canvas.pixels.copy()

@@ -57,7 +57,7 @@ def _legend(with_truth: bool) -> list:
 
 # %% ../../nbs/06_viz/01_timeline_plot.ipynb #421962e1
 def draw_lanes(
-    trace: Trace,                        # what was believed: the thick bars
+    trace: Trace,                        # the predicted states: the thick bars
     states: np.ndarray|None=None,        # [T, S], what was true: the thin bars
     speech: dict[int, str]|None=None,    # frame → what should have been said; see `reference_speech`
     ax=None,                             # axes to draw into (default: a new figure)

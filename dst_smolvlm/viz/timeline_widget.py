@@ -6,10 +6,12 @@
 __all__ = ['figure_png', 'cursor_svg', 'states_html', 'decisions_html', 'words_html', 'frame_png', 'TimelineWidget']
 
 # %% ../../nbs/06_viz/05_timeline_widget.ipynb #f0646be2
-import html, io
+import html
+import io
 
 import ipywidgets as widgets
 import numpy as np
+from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -45,14 +47,14 @@ def _chip(state: int) -> str:
             f'white-space:nowrap">{STATE_NAMES[state].replace("_", " ")}</span>')
 
 def states_html(trace: Trace, frame: int, true: np.ndarray|None=None) -> str:
-    "The believed (and true, [T, S]) state of every step at `frame`, as an HTML table."
-    f, head = trace.frames[frame], ['step', 'believed', 'P'] + ['true']*(true is not None)
-    cell = lambda x, style='': f'<td style="padding:2px 8px;text-align:left;{style}">{x}</td>'
+    "The predicted (and reference, [T, S]) state of every step at `frame`, as an HTML table."
+    f, head = trace.frames[frame], ['step', 'predicted', 'P'] + ['reference']*(true is not None)
     red = f'outline:2px solid {WRONG};outline-offset:-2px'
-    truth = lambda k: '' if true is None else cell(_chip(true[frame, k]), red*bool(true[frame, k] != f.state[k]))
+    def cell(x, style=''): return f'<td style="padding:2px 8px;text-align:left;{style}">{x}</td>'
+    def reference(k): return '' if true is None else cell(_chip(true[frame, k]), red*bool(true[frame, k] != f.state[k]))
     def row(k, name):
-        believed, prob = cell(_chip(f.state[k])), cell(f'{f.state_probs[k][f.state[k]]:.2f}')
-        return f'<tr>{cell(f"{k+1}. {html.escape(name)}")}{believed}{prob}{truth(k)}</tr>'
+        predicted, prob = cell(_chip(f.state[k])), cell(f'{f.state_probs[k][f.state[k]]:.2f}')
+        return f'<tr>{cell(f"{k+1}. {html.escape(name)}")}{predicted}{prob}{reference(k)}</tr>'
     rows = ''.join(row(k, step.name) for k, step in enumerate(trace.steps))
     return f'<table style="font-size:12px;line-height:1.4"><tr>{"".join(cell(f"<b>{h}</b>") for h in head)}</tr>{rows}</table>'
 
@@ -82,7 +84,7 @@ def words_html(trace: Trace, frame: int, expected: dict[int, str]|None=None, las
 
 # %% ../../nbs/06_viz/05_timeline_widget.ipynb #c82aa0fe
 def frame_png(image: np.ndarray, size: int=288) -> bytes:
-    "A frame, uint8 [H, W, 3], as PNG whose longer side is `size` pixels; small pictures keep their hard pixels."
+    "A frame, uint8 [H, W, 3], as PNG whose longer side is `size` pixels; small ones keep their hard pixels."
     image, out = Image.fromarray(np.asarray(image)), io.BytesIO()
     scale = size/max(image.size)
     image.resize((round(image.width*scale), round(image.height*scale)), Image.NEAREST if scale > 1 else Image.BILINEAR).save(out, 'PNG')
@@ -94,13 +96,13 @@ class TimelineWidget(widgets.VBox):
     def __init__(
         self,
         trace: Trace,
-        record: VideoRecord|None=None,   # the truth, to compare with
-        frames=None                      # uint8 [T, H, W, 3] at the trace's FPS, or a list of such pictures
+        record: VideoRecord|None=None,   # the reference, to compare with
+        frames=None                      # uint8 [T, H, W, 3] at the trace's FPS, or a list of them
     ):
         T = len(trace.frames)
         if not T: raise InputError(f'{trace.video_uid}: the trace has no frames to show')
         if frames is not None and len(frames) < T:
-            raise InputError(f'{trace.video_uid}: {len(frames)} pictures for {T} frames; decode them at {trace.fps:g} FPS')
+            raise InputError(f'{trace.video_uid}: the video has {len(frames)} frames, the trace {T}; decode it at {trace.fps:g} FPS')
         self.trace, self.frames = trace, frames
         self.true = None if record is None else record.states(trace.fps, num_frames=T)   # [T, S]
         self.expected = {} if record is None else reference_speech(record, trace.fps)
@@ -116,21 +118,23 @@ class TimelineWidget(widgets.VBox):
         self.play = widgets.Play(min=0, max=num_frames - 1, interval=round(1000/self.trace.fps))
         self.slider = widgets.IntSlider(min=0, max=num_frames - 1, readout=False, layout=widgets.Layout(width='560px'))
         widgets.jslink((self.play, 'value'), (self.slider, 'value'))
-        self.clock, self.picture = widgets.HTML(), widgets.Image(format='png', layout=widgets.Layout(align_self='flex-start'))
+        self.clock, self.image = widgets.HTML(), widgets.Image(format='png', layout=widgets.Layout(align_self='flex-start'))
         self.decisions, self.states, self.words = widgets.HTML(), widgets.HTML(), widgets.HTML()
         size = dict(width=width, height=height, min_height=height)
         lanes = widgets.Image(value=png, format='png', layout=widgets.Layout(**size, margin='0'))
         self.cursor = widgets.HTML(layout=widgets.Layout(**size, margin=f'-{height} 0 0 0', overflow='hidden'))
-        beliefs = widgets.VBox([self.decisions, self.states], layout=widgets.Layout(margin='0 0 0 16px'))
-        top = [beliefs] if self.frames is None else [self.picture, beliefs]
+        predicted = widgets.VBox([self.decisions, self.states], layout=widgets.Layout(margin='0 0 0 16px'))
+        top = [predicted] if self.frames is None else [self.image, predicted]
         return [widgets.HBox([self.play, self.slider, self.clock]), widgets.HBox(top), widgets.VBox([lanes, self.cursor]), self.words]
 
-    def show(self, frame: int):
-        "Go to `frame`."
-        trace, time = self.trace, self.trace.frames[frame].time
-        self.slider.value = frame
-        self.clock.value = f'{time:.1f} s, frame {frame} of {len(trace.frames)}'
-        self.decisions.value, self.states.value = decisions_html(trace, frame), states_html(trace, frame, self.true)
-        self.words.value = words_html(trace, frame, self.expected)
-        self.cursor.value = cursor_svg(self.zero + self.second*time, *self.size)
-        if self.frames is not None: self.picture.value = frame_png(self.frames[frame])
+# %% ../../nbs/06_viz/05_timeline_widget.ipynb #6dfd856b
+@patch
+def show(self:TimelineWidget, frame: int):
+    "Go to `frame`."
+    trace, time = self.trace, self.trace.frames[frame].time
+    self.slider.value = frame
+    self.clock.value = f'{time:.1f} s, frame {frame} of {len(trace.frames)}'
+    self.decisions.value, self.states.value = decisions_html(trace, frame), states_html(trace, frame, self.true)
+    self.words.value = words_html(trace, frame, self.expected)
+    self.cursor.value = cursor_svg(self.zero + self.second*time, *self.size)
+    if self.frames is not None: self.image.value = frame_png(self.frames[frame])
