@@ -28,7 +28,7 @@ test: $(INSTALLED)
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-cache --no-logo
-	$(BIN)/pytest -q -n 2 --dist loadfile tests
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

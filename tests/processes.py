@@ -2,7 +2,7 @@
 import multiprocessing, os, signal, socket
 
 context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['dst_smolvlm.runs.training_run', 'dst_smolvlm.runs.evaluation_run'])
+context.set_forkserver_preload(['dst_smolvlm.runs.training_run', 'dst_smolvlm.runs.evaluation_run', 'nltk', 'hydra'])
 
 # A model and a task that take a tenth of a second a step. Nothing here rests on the defaults of conf/.
 TRAIN = dict(seed=0, max_seq_len=320, dialogues=1, auxiliary_samples=2, learning_rate=.001, lr_scheduler_type='constant',
@@ -10,6 +10,14 @@ TRAIN = dict(seed=0, max_seq_len=320, dialogues=1, auxiliary_samples=2, learning
              dataloader_num_workers=0, dataloader_pin_memory='false', disable_tqdm='true')
 SMALL = ['model=tiny', 'model.hidden_size=32', 'model.layers=1', 'model.vision_size=32', 'model.image_size=64', 'data=toy', 'data.seed=0',
          'train=demo', *(f'++train.{key}={value}' for key, value in TRAIN.items())]
+# Videos of some thirty frames, a third of the usual length.
+SHORT = ['data.world.max_steps=3', 'data.world.max_idle=5', 'data.train_world.max_idle=5']
+
+
+def small_model():
+    "The smallest model that the package builds, for what does not depend on how good it is → model and layout."
+    from dst_smolvlm.model.modeling import build_tiny
+    return build_tiny(dict(hidden_size=32, layers=1, vision_size=32, image_size=64))
 
 
 def _run(log, env, command, *args):

@@ -53,3 +53,24 @@ def test_configuration_names_the_hook_and_what_is_installed():
     for plugin in config['plugins']:
         name = plugin if isinstance(plugin, str) else next(iter(plugin))
         assert name == 'search' or importlib.util.find_spec(name.replace('-', '_')), name
+
+
+def test_a_patched_method_stands_in_its_class(tmp_path):
+    "On the API pages, as it does for whoever uses the class; what is not patched stays where it is."
+    griffe = pytest.importorskip('griffe')
+    (tmp_path/'sample.py').write_text('''
+class A:
+    "A class."
+    def own(self): ...
+@patch
+def added(self:A, x:int) -> int:
+    "A method."
+@patch(as_prop=True)
+def size(self:A) -> int: ...
+@other
+def free(self:A): ...
+def plain(): ...
+''')
+    module = griffe.load('sample', search_paths=[tmp_path], extensions=griffe.load_extensions(str(root/'docs'/'patched.py')))
+    assert list(module['A'].members) == ['own', 'added', 'size'] and set(module.members) == {'A', 'free', 'plain'}
+    assert module['A.added'].path == 'sample.A.added' and module['A.added'].docstring.value == 'A method.'

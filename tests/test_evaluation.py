@@ -13,21 +13,27 @@ from dst_smolvlm.evaluation.scoring import entries_of, make_language, score_entr
 from dst_smolvlm.evaluation.stream_split import Streamed, stream_scenes
 from dst_smolvlm.evaluation.variants import variants_of
 from dst_smolvlm.model.checkpoints import save_model
-from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.runs import evaluation_run
 from dst_smolvlm.streaming.reference_traces import oracle_trace
 from dst_smolvlm.world.scenes import load_scenes
 from dst_smolvlm.world.toy_world import Scene, render_frame
 
-COMMON = ['data=toy', 'data.validation_videos=1', 'data.test_videos=3', 'eval.max_reply_tokens=2', 'eval.controls=1', 'eval.pictures=0',
-          'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1', 'eval.perplexity=false']
+COMMON = ['data=toy', *processes.SHORT, 'data.validation_videos=1', 'data.test_videos=3', 'eval.max_reply_tokens=2',
+          'eval.controls=1', 'eval.pictures=0', 'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1', 'eval.perplexity=false']
 TIMED = ('ready', 'pauc', 'timing', 'intervals', 'counts')           # depend on how long the machine took, or are made of what does
 
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    model, layout = build_tiny()
-    return save_model(model, layout, tmp_path_factory.mktemp('model')/'checkpoint')
+    return save_model(*processes.small_model(), tmp_path_factory.mktemp('model')/'checkpoint')
+
+
+@pytest.fixture(scope='module')
+def honest(checkpoint, tmp_path_factory):
+    "What an evaluation of it in one process leaves."
+    out = tmp_path_factory.mktemp('honest')/'out'
+    evaluate.main([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={out}'])
+    return out
 
 
 def refuse(constant): raise ValueError(f'{constant} is no JSON')
@@ -36,10 +42,9 @@ def timeless(row): return {k: v for k, v in row.items() if not k.startswith(TIME
 def traces(folder): return {p.relative_to(folder): p.stat().st_mtime_ns for p in sorted(Path(folder).rglob('traces/*/*/*.json'))}
 
 
-def test_two_processes_are_one(checkpoint, tmp_path):
+def test_two_processes_are_one(checkpoint, honest, tmp_path):
     "Two ranks stream each video once, and score what one process scores; run again they stream nothing."
     argv = [*COMMON, f'eval.checkpoint={checkpoint}']
-    evaluate.main([*argv, f'output_dir={tmp_path/"one"}'])
     for run in range(2):
         status = processes.run(tmp_path/'log', evaluate.main, [*argv, f'output_dir={tmp_path/"two"}'], ranks=2, daemon=False,
                                env=dict(ACCELERATE_USE_CPU='true'))
@@ -47,16 +52,16 @@ def test_two_processes_are_one(checkpoint, tmp_path):
         assert status == [0, 0], logs
         assert 'speaking F1' in logs[0] and 'speaking F1' not in logs[1], 'one process tells'
         if not run: before = traces(tmp_path/'two')
-    assert traces(tmp_path/'two') == before and list(before) == list(traces(tmp_path/'one'))
-    one, two = scores(tmp_path/'one'), scores(tmp_path/'two')
+    assert traces(tmp_path/'two') == before and list(before) == list(traces(honest))
+    one, two = scores(honest), scores(tmp_path/'two')
     assert [timeless(r) for r in one['rows']] == [timeless(r) for r in two['rows']]
     assert one['meta']['thresholds'] == two['meta']['thresholds']
 
 
 def test_both_processes_end_when_no_video_is_left(checkpoint, tmp_path):
     "No rank waits for ever for one that gave up, and what could be streamed is kept."
-    argv = [*COMMON, f'eval.checkpoint={checkpoint}', 'context_strategy.max_seq_len=420', f'output_dir={tmp_path/"out"}',
-            'eval.strategies=null']
+    argv = [*COMMON, f'eval.checkpoint={checkpoint}', 'context_strategy.max_seq_len=200', f'output_dir={tmp_path/"out"}',
+            'eval.strategies=null', 'eval.speak_threshold=.5', 'eval.update_threshold=.5']
     status = processes.run(tmp_path/'log', evaluate.main, argv, ranks=2, daemon=False, env=dict(ACCELERATE_USE_CPU='true'))
     logs = [(tmp_path/f'log{rank}').read_text() for rank in range(2)]
     assert status == [2, 2] and all('all 3 test videos failed' in log and 'the context is full' in log for log in logs), logs
@@ -81,20 +86,19 @@ class Spoiled:
                                         turns=[t if t.role == 'user' else t.model_copy(update=dict(content='CANARY')) for t in r.turns]))
 
 
-def test_the_truth_of_the_test_split_reaches_nothing_but_the_scores(checkpoint, tmp_path, monkeypatch):
+def test_the_truth_of_the_test_split_reaches_nothing_but_the_scores(checkpoint, honest, tmp_path, monkeypatch):
     "With another ground truth for the test videos: the same thresholds, the same decisions, the same words; other scores."
     argv, load = [*COMMON, f'eval.checkpoint={checkpoint}'], evaluation_run.load_scenes
-    evaluate.main([*argv, f'output_dir={tmp_path/"honest"}'])
     spoil = lambda cfg, split: [Spoiled(s) for s in load(cfg, split)] if split == 'test' else load(cfg, split)
     monkeypatch.setattr(evaluation_run, 'load_scenes', spoil)
     evaluate.main([*argv, f'output_dir={tmp_path/"spoiled"}'])
-    honest, spoiled = scores(tmp_path/'honest'), scores(tmp_path/'spoiled')
-    assert honest['meta']['thresholds'] == spoiled['meta']['thresholds']
-    for path in traces(tmp_path/'honest'):
-        a, b = (json.loads((tmp_path/name/path).read_text())['frames'] for name in ('honest', 'spoiled'))
+    one, other = scores(honest), scores(tmp_path/'spoiled')
+    assert one['meta']['thresholds'] == other['meta']['thresholds']
+    for path in traces(honest):
+        a, b = (json.loads((folder/path).read_text())['frames'] for folder in (honest, tmp_path/'spoiled'))
         told = lambda frames: [{k: v for k, v in f.items() if not k.endswith('_ms')} for f in frames]
         assert told(a) == told(b), path
-    assert honest['rows'][0]['joint_goal_accuracy'] != spoiled['rows'][0]['joint_goal_accuracy']
+    assert one['rows'][0]['joint_goal_accuracy'] != other['rows'][0]['joint_goal_accuracy']
     assert 'CANARY' not in ''.join(p.read_text() for p in tmp_path.rglob('traces/*/*/*.json'))
 
 
@@ -211,9 +215,10 @@ def test_no_weights_is_no_combined_score(checkpoint, tmp_path):
 
 def test_an_oracle_strategy_is_called_one_beside_the_data(checkpoint, tmp_path):
     "A row that reads the ground truth from a file is named where the report says what reached the streams."
-    records = [load_scenes(compose_config(COMMON).data, 'test')[i].record for i in range(3)]
+    data = compose_config(COMMON).data
+    records = [scene.record for split in ('validation', 'test') for scene in load_scenes(data, split)]
     (tmp_path/'truth.jsonl').write_text('\n'.join(r.to_json() for r in records))
-    options = f'{{name: summarize_with_dst, max_seq_len: 420, reserved_seq_len: 64, dst_file: {tmp_path/"truth.jsonl"}}}'
+    options = f'{{name: summarize_with_dst, max_seq_len: 250, reserved_seq_len: 64, dst_file: {tmp_path/"truth.jsonl"}}}'
     told = f'eval.strategies={{told: {options}}}'
     evaluate.main([*COMMON, f'eval.checkpoint={checkpoint}', f'output_dir={tmp_path/"out"}', told, 'eval.controls=0'])
     page = (tmp_path/'out'/'report.html').read_text()

@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
+import processes
 from dst_smolvlm.data.schema import Turn
 from dst_smolvlm.evaluation.variants import CONTROLS, HEAD_ONLY, MODEL, controlled
-from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.model.stream_layout import StreamLayout
 from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
 from dst_smolvlm.streaming.recorder import observed
@@ -18,7 +18,7 @@ SMALL = dict(summarize_and_drop=dict(summary_max_length=16), recent_frames=dict(
 
 @pytest.fixture(scope='module')
 def model():
-    model, layout = build_tiny()
+    model, layout = processes.small_model()
     return model.eval(), layout
 
 

@@ -54,7 +54,7 @@ def test_the_toy_world_under_every_strategy(reader, tmp_path, name):
 
 @pytest.mark.parametrize('world', ['toy', 'toy_hidden', 'toy_small', 'toy_crowded'])
 def test_toy_worlds(reader, tmp_path, world):
-    scenes = load_scenes(compose_config([f'data={world}']).data, 'test')
+    scenes = load_scenes(compose_config([f'data={world}', 'data.world.max_idle=6']).data, 'test')
     for i in range(3): check(reader, scenes[i], tmp_path)
 
 

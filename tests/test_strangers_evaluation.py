@@ -21,15 +21,16 @@ from dst_smolvlm.metrics.text import Idf, cider, load_encoder
 from dst_smolvlm.metrics.text_proassist import ptb_tokens
 from dst_smolvlm.metrics.thresholds import bin_frames, f1_figure, pr_curve, pr_figure, reliability_figure
 from dst_smolvlm.model.checkpoints import save_model
-from dst_smolvlm.model.modeling import build_tiny
 from dst_smolvlm.runs import evaluation_run
 from dst_smolvlm.streaming.reference_traces import oracle_trace, trace_from_states
 from dst_smolvlm.viz.timeline_plot import timeline_figure
 from dst_smolvlm.world.replay import build_sample
 from dst_smolvlm.world.scenes import load_scenes
+from dst_smolvlm.world.world_config import WorldConfig
 
 CASES = Path(os.environ.get('DST_CASES', Path(__file__).resolve().parents[2]/'shared'/'cases'))
-COMMON = ['data=toy', 'data.validation_videos=1', 'data.test_videos=3', 'eval.encoder=words', 'eval.bootstrap=50', 'eval.workers=1']
+COMMON = ['data=toy', *processes.SHORT, 'data.validation_videos=1', 'data.test_videos=3', 'eval.encoder=words',
+          'eval.bootstrap=50', 'eval.workers=1']
 NAMES = ['model', '$x$', '$', '_hidden', 'a\\b{', 'x'*300, 'a\nb', '', '%s', '$\\frac$', '^_^', 'été ☃']
 
 
@@ -285,8 +286,8 @@ def test_bounds_go_by_videos_in_which_there_is_something_to_judge():
 def kitchen(tmp_path_factory):
     "A checkpoint, and eight videos with their records, five of which are for training."
     folder = tmp_path_factory.mktemp('kitchen')
-    save_model(*build_tiny(), folder/'checkpoint')
-    build_sample(folder/'good', n=8)
+    save_model(*processes.small_model(), folder/'checkpoint')
+    build_sample(folder/'good', n=8, cfg=WorldConfig(max_idle=3, max_carry=4, mistakes=0.))
     return folder
 
 

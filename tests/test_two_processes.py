@@ -13,8 +13,8 @@ from dst_smolvlm.runs.training_run import make_trainer
 from dst_smolvlm.training.arguments import training_arguments
 
 # Four steps of four videos, so that the second half of the run is in the second epoch. Plain SGD: Adam would make much of a rounding error.
-FOUR_STEPS = [*processes.SMALL, 'data.train_videos=8', '++train.max_steps=4', '++train.optim=sgd', '++train.learning_rate=.02',
-              '++train.save_strategy=no']
+FOUR_STEPS = [*processes.SMALL, *processes.SHORT, 'data.train_videos=8', '++train.max_steps=4', '++train.optim=sgd',
+              '++train.learning_rate=.02', '++train.save_strategy=no']
 
 
 def losses(out):
