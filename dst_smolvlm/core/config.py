@@ -133,24 +133,31 @@ def _may_add(override:str) -> str:
     "The override, marked as one that may add a key where keys are the user's own."
     return f'++{override}' if any(override.startswith((f'{key}.', f'{key}=')) for key in OPEN) else override
 
+def _build(overrides) -> DictConfig:
+    "Compose and resolve, without a check."
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base='1.3'):
+        cfg = compose(config_name='config', overrides=[_may_add(o) for o in overrides])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+@functools.cache
+def _shipped(groups:tuple[str, ...]) -> DictConfig:
+    "The values as they are shipped for the chosen groups; to be read only, as it is composed once in a process."
+    return _build(groups)
+
 def compose_config(overrides=()) -> DictConfig:
     "The resolved configuration for dotted `overrides` such as `['data=toy', 'train.seed=1']`; raises `InputError`."
     overrides = [renamed_override(o) for o in overrides]
-    def build(overrides):
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base='1.3'):
-            cfg = compose(config_name='config', overrides=[_may_add(o) for o in overrides])
-            OmegaConf.resolve(cfg)
-            return cfg
     try:
-        cfg = build(overrides)
-        _check_numbers(cfg, build([o for o in overrides if (conf_dir()/o.partition('=')[0]).is_dir()]))
+        cfg = _build(overrides)
+        _check_numbers(cfg, _shipped(tuple(o for o in overrides if (conf_dir()/o.partition('=')[0]).is_dir())))
         return cfg
     except (HydraException, OmegaConfBaseException) as e:
         for i, override in enumerate(overrides):   # the first override that does not compose is the one to name
-            try: build(overrides[:i+1])
+            try: _build(overrides[:i+1])
             except (HydraException, OmegaConfBaseException) as e_i:
-                raise InputError(_explain(override, e_i, build(overrides[:i]))) from None
+                raise InputError(_explain(override, e_i, _build(overrides[:i]))) from None
         raise InputError(' '.join(str(e).split())) from None
 
 # %% ../../nbs/00_core/00_config.ipynb #edc2012d
