@@ -41,7 +41,8 @@ from dst_smolvlm.data.pixels import frames_to_pixels
 from dst_smolvlm.model.modeling import build_published, build_tiny
 from dst_smolvlm.model.stream_memory import Segment, generate_turn
 from dst_smolvlm.streaming.context_strategies import STRATEGIES, make_strategy
-from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
+from dst_smolvlm.streaming.batch_runner import BatchStreamRunner
+from dst_smolvlm.streaming.runner import StreamRunner
 from dst_smolvlm.world.toy_world import make_scene
 
 

@@ -5,7 +5,8 @@ import numpy as np, psutil, pytest, torch
 from test_streaming import NAMES, check_cache, ids_in, picture, small_model
 
 from dst_smolvlm.streaming.context_strategies import make_strategy
-from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
+from dst_smolvlm.streaming.batch_runner import BatchStreamRunner
+from dst_smolvlm.streaming.runner import StreamRunner
 
 FRAMES, SETTLED, BUDGET, RESERVED = 10_000, 2_000, 260, 60
 STRATEGIES = dict(drop_all={}, drop_middle=dict(positions='recompute'), recent_frames=dict(num_frames=12),

@@ -15,7 +15,8 @@ from dst_smolvlm.model.heads import decision_tokens
 from dst_smolvlm.model.modeling import DSTSmolVLM, build_tiny
 from dst_smolvlm.model.stream_layout import StreamLayout, tiny_tokenizer, toy_texts
 from dst_smolvlm.streaming.context_strategies import POSITIONS, STRATEGIES, BaseContextStrategy, Continuation, make_strategy, register
-from dst_smolvlm.streaming.runner import BatchStreamRunner, StreamRunner
+from dst_smolvlm.streaming.batch_runner import BatchStreamRunner
+from dst_smolvlm.streaming.runner import StreamRunner
 
 SMALL = dict(hidden_size=32, layers=2, vision_size=32, vision_layers=1, image_size=16, scale_factor=2)
 NAMES = ['put the red circle in box 2', 'put the blue star in box 1', 'put the green square in box 3']
