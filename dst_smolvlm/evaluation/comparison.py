@@ -20,7 +20,8 @@ from ..data.schema import VideoRecord
 from ..metrics.bootstrap import compare, score_intervals
 from ..metrics.scores import WORDS, Language, add_counts, check_pairs, count_trace, match_replies, matched_texts, score_counts
 from ..metrics.text_proassist import ABOVE, count_proassist
-from ..metrics.thresholds import bin_frames, count_calibration, pr_auc, pr_curve, score_calibration, trace_probabilities
+from ..metrics.calibration import bin_frames, count_calibration, score_calibration
+from ..metrics.thresholds import pr_auc, pr_curve, trace_probabilities
 from ..metrics.timing import score_timing, time_trace
 from ..streaming.trace import Trace
 

@@ -9,7 +9,8 @@ __all__ = ['threshold_figures', 'threshold_notes']
 from functools import partial
 
 from .comparison import calibration, curves
-from ..metrics.thresholds import RESTREAM_NOTE, best_threshold, count_differing, f1_figure, pr_figure, reliability_figure
+from ..metrics.calibration import reliability_figure
+from ..metrics.thresholds import RESTREAM_NOTE, best_threshold, count_differing, f1_figure, pr_figure
 
 # %% ../../nbs/08_evaluation/08_threshold_curves.ipynb #c4ef68bf
 def threshold_figures(tallies, tolerance_s:float) -> list[tuple]:
