@@ -30,7 +30,7 @@ HEADS = dict(speak='speaking', update='update')       # head → the name of its
 
 @dataclass
 class Tally:
-    "What is kept of one trace: counts that can be added, the probabilities [T] and true events of each head, and durations."
+    "What is kept of one trace: counts that can be added, the probabilities [T] and reference events of each head, and durations."
     uid: str
     video_uid: str      # several dialogues may be of one video
     fps: float
