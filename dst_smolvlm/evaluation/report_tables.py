@@ -14,6 +14,8 @@ KINDS = dict(streamed='streamed', external='external predictions', control='cont
              baseline='no model at all')
 SUMMARY = dict(score='score', speaking_f1='speaking F1', update_f1='update F1', joint_goal_accuracy='joint goal accuracy',
                slot_accuracy='slot accuracy', response_names_step='names the step')
+
+# %% ../../nbs/08_evaluation/05_report_tables.ipynb #963fd6db
 TABLES = (
     ('Speaking', 'When it spoke. <i>Ready</i> is by the real-time clock: each reply counts at the moment at which it was out (rows without '
                  'times answer at once). PAUC is the area under the best answer so far, from the event on: timeliness × correctness, '
