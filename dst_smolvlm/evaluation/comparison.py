@@ -151,7 +151,7 @@ def make_row(name:str, kind:str, what:str, tallies:list[Tally], weights:dict, to
     pooled, videos = add_counts(t.counts for t in tallies), by_video(tallies)
     row = dict(name=name, kind=kind, what=what, videos=len(videos), dialogues=len(tallies)) | score_all(pooled, weights)
     more = probability_scores(tallies, pooled, tolerance_s)
-    why = 'no probabilities between 0 and 1, or no true events'
+    why = 'no probabilities between 0 and 1, or no reference events'
     row |= more | dict(undefined=row['undefined'] | {k: why for k, v in more.items() if v is None})
     timing = score_timing([t.times for t in tallies])
     if timing['latency_ms_p50'] is not None: row['timing'] = timing

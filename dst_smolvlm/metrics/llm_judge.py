@@ -27,7 +27,7 @@ class JudgeCase(NamedTuple):
     reference: str          # the turn of the reference
     goal: str
     step_names: list[str]   # [S]
-    state: list[int]        # [S] true states when the reply was due
+    state: list[int]        # [S] reference states when the reply was due
     user: str = ''          # what the user said since the turn before, if anything
 
 def judge_cases(trace: Trace, record: VideoRecord, pairs: list[tuple[int, int]]) -> list[JudgeCase]:
