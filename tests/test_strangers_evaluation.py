@@ -15,11 +15,12 @@ from dst_smolvlm.evaluation.comparison import make_row, tally_rows
 from dst_smolvlm.evaluation.report import figure_html, png_uri
 from dst_smolvlm.metrics import perplexity
 from dst_smolvlm.metrics.bootstrap import resample
+from dst_smolvlm.metrics.calibration import bin_frames, reliability_figure
 from dst_smolvlm.metrics.matching import match_predictions, speaking_metrics, window_of
 from dst_smolvlm.metrics.scores import Language
 from dst_smolvlm.metrics.text import Idf, cider, load_encoder
 from dst_smolvlm.metrics.text_proassist import ptb_tokens
-from dst_smolvlm.metrics.thresholds import bin_frames, f1_figure, pr_curve, pr_figure, reliability_figure
+from dst_smolvlm.metrics.thresholds import f1_figure, pr_curve, pr_figure
 from dst_smolvlm.model.checkpoints import save_model
 from dst_smolvlm.runs import evaluation_run
 from dst_smolvlm.streaming.reference_traces import oracle_trace, trace_from_states

@@ -83,7 +83,7 @@ class OraclePlayer:
     def __getattr__(self, name): return getattr(self.model, name)
 
     def decision(self, frame:int, previous_state) -> tuple:
-        "(P(speak), P(update), P(state) [S, 3], P(pointer) [S+1]) at a frame at which the state `told` is [S]."
+        "(P(speak), P(update), P(state) [S, 3], P(pointer) [S+1]) at a frame whose `previous_state` in the prompt is [S]."
         active = np.append(self.states[frame] == IN_PROGRESS, False).astype(float)
         active[-1] = not active.any()
         update = frame in self.updates or (previous_state != self.states[frame]).any()
@@ -92,13 +92,14 @@ class OraclePlayer:
     def reply(self, frame:int) -> str: return self.speech.get(frame, '')
 
     def forward_batch(self, requests, layout) -> list:
-        "What the streams ask, after the model has read what they have written."
+        "The answer to each request, after the model has read what the streams have written."
         self.model.forward_batch(requests, layout)
         answers = []
         for request in requests:
             frame, kind = request.memory.frame, request.memory.segments[-1].kind
-            if request.what == 'decision': self.words = iter(layout.assistant(self.reply(frame)))
-            if request.what == 'decision': answers.append(self.decision(frame, request.memory.previous_state))
+            if request.what == 'decision':
+                self.words = iter(layout.assistant(self.reply(frame)))
+                answers.append(self.decision(frame, request.memory.previous_state))
             else: answers.append(next(self.words) if kind == 'assistant' else layout.end_id)              # a summary is empty
         return answers
 

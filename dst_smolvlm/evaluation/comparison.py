@@ -20,7 +20,8 @@ from ..data.schema import VideoRecord
 from ..metrics.bootstrap import compare, score_intervals
 from ..metrics.scores import WORDS, Language, add_counts, check_pairs, count_trace, match_replies, matched_texts, score_counts
 from ..metrics.text_proassist import ABOVE, count_proassist
-from ..metrics.thresholds import bin_frames, count_calibration, pr_auc, pr_curve, score_calibration, trace_probabilities
+from ..metrics.calibration import bin_frames, count_calibration, score_calibration
+from ..metrics.thresholds import pr_auc, pr_curve, trace_probabilities
 from ..metrics.timing import score_timing, time_trace
 from ..streaming.trace import Trace
 
@@ -29,7 +30,7 @@ HEADS = dict(speak='speaking', update='update')       # head → the name of its
 
 @dataclass
 class Tally:
-    "What is kept of one trace: counts that can be added, the probabilities [T] and true events of each head, and durations."
+    "What is kept of one trace: counts that can be added, the probabilities [T] and reference events of each head, and durations."
     uid: str
     video_uid: str      # several dialogues may be of one video
     fps: float
@@ -150,7 +151,7 @@ def make_row(name:str, kind:str, what:str, tallies:list[Tally], weights:dict, to
     pooled, videos = add_counts(t.counts for t in tallies), by_video(tallies)
     row = dict(name=name, kind=kind, what=what, videos=len(videos), dialogues=len(tallies)) | score_all(pooled, weights)
     more = probability_scores(tallies, pooled, tolerance_s)
-    why = 'no probabilities between 0 and 1, or no true events'
+    why = 'no probabilities between 0 and 1, or no reference events'
     row |= more | dict(undefined=row['undefined'] | {k: why for k, v in more.items() if v is None})
     timing = score_timing([t.times for t in tallies])
     if timing['latency_ms_p50'] is not None: row['timing'] = timing

@@ -169,6 +169,6 @@ def read_predictions(path, records:list[VideoRecord], name:str='') -> tuple[Trac
     path = Path(path)
     found, problems = collect(path, records)
     without = lacking({kind for _, kind in found})
-    told = lambda uid, kind: {i: value_at(kind, slots) for i, slots in sorted(found.get((uid, kind), {}).items())}
-    held = {r.uid: {kind: told(r.uid, kind) for kind in HOLDS} for r in records}
+    at_frames = lambda uid, kind: {i: value_at(kind, slots) for i, slots in sorted(found.get((uid, kind), {}).items())}
+    held = {r.uid: {kind: at_frames(r.uid, kind) for kind in HOLDS} for r in records}
     return Traces(tuple(partial(as_trace, r, held[r.uid], name or path.stem, without) for r in records)), problems

@@ -130,7 +130,7 @@ def png_uri(fig, dpi:int=110) -> str:
 
 # %% ../../nbs/08_evaluation/06_report.ipynb #6e4e58b8
 def figure_html(title:str, draw:Callable, caption:str='') -> str:
-    "A picture with what it shows; `draw` makes it. One that cannot be drawn is a line that says why: no score is lost for a picture."
+    "A figure with its caption; `draw` makes it. One that cannot be drawn is a line that says why: no score is lost for it."
     try: uri = png_uri(draw())
     except Exception as e:   # whatever a library makes of an odd curve or name
         return f"<p class='note'>Could not be drawn: {html.escape(f'{title} ({type(e).__name__}: {e})')}</p>"
@@ -160,8 +160,8 @@ READ_DIFFERENCES = ('Both rows of a comparison by the same resampled videos. A d
                     'than six videos cannot show anything). Where all videos differ alike (†), the interval is what so many trials can '
                     'tell. Of twenty equal pairs about one would still differ by chance.')
 READ_FIRST = 'State tracking begins above <b>event_order</b>, which knows when something happens but not what.'
-READ_CONTROLS = (' The controls must fall below it: a model that scores without pictures, or with the wrong names on the step lines, does '
-                 'not track.')
+READ_CONTROLS = (' The controls must fall below it: a model that scores without seeing the frames, or with the wrong names on the step '
+                 'lines, does not track.')
 
 # %% ../../nbs/08_evaluation/06_report.ipynb #d197e181
 PAGE = ("<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
@@ -177,10 +177,10 @@ def report_html(rows, meta, comparisons=(), figures=(), timelines=(), problems:S
     if failed: parts.append('<h2>Videos that failed</h2>')
     parts += [f'<p>{html.escape(words)}</p>{list_html([str(e) for e in errors])}' for words, errors in failed_by_split(failed, meta)]
     if comparisons: parts.append(f'<h2>What differs</h2><p>{READ_DIFFERENCES}</p>{comparisons_html(comparisons)}')
-    told = {k: html.escape(str(meta.get(k))) for k in ('window', 'encoder')}
+    facts = {k: html.escape(str(meta.get(k))) for k in ('window', 'encoder')}
     for name, about, columns in TABLES:
         if any(r.get(c) is not None for r in rows for c in columns):
-            parts.append(f'<h2>{name}</h2><p>{about.format(**told)}</p>{table_html(rows, columns)}')
+            parts.append(f'<h2>{name}</h2><p>{about.format(**facts)}</p>{table_html(rows, columns)}')
     if figures: parts += ['<h2>Thresholds and calibration</h2>', *notes, "<div class='two'>", *(figure_html(*f) for f in figures), '</div>']
     if timed := timing_html(rows):
         shared = f"processes: {meta.get('processes', 1)}, streams at once: {meta.get('streams_at_once', 1)}"

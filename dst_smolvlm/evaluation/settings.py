@@ -29,7 +29,7 @@ def check_numbers(given:DictConfig, preset:DictConfig, prefix:str='eval.'):
         elif isinstance(default, str) and not isinstance(value, str): raise InputError(f'{where}: must be text, for example {default}')
 
 def check_table(value, preset:DictConfig, where:str, prefix:str):
-    "Raises `InputError` unless `value` is None or a table whose keys of the preset hold what `check_numbers` asks for."
+    "Raises `InputError` unless `value` is None or a table whose keys of the preset pass `check_numbers`."
     if value is None: return
     if not isinstance(value, DictConfig): raise InputError(f'{where}: must be a table, {{name: value}}, or null')
     check_numbers(value, OmegaConf.create({k: preset[k] for k in preset if k in value}), prefix)

@@ -150,9 +150,10 @@ def run_jobs(jobs:dict[int, Job], workers:int, title:str, silent:bool=False) -> 
     jobs = {i: job for i, job in jobs.items() if i not in done}
     for i, result in run_each(stream_one, jobs, workers, title, silent):
         try: done[i] = result()
-        except BrokenExecutor: done['run'] = InputError('a process was killed, perhaps for want of memory; give fewer eval.workers'); break
-        except OSError as e: done['run'] = InputError(f'{e.filename or jobs[i].path}: {e.strerror or e}'); break
+        except BrokenExecutor: done['run'] = InputError('a process was killed, perhaps for want of memory; give fewer eval.workers')
+        except OSError as e: done['run'] = InputError(f'{e.filename or jobs[i].path}: {e.strerror or e}')
         except Exception as e: done[i] = failure(jobs[i], e)                       # only of this video
+        if 'run' in done: break
     return done
 
 # %% ../../nbs/08_evaluation/02_stream_split.ipynb #c2cfd999

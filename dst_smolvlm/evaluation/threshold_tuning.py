@@ -27,11 +27,11 @@ from ..streaming.trace import Trace
 THRESHOLD_GRID = np.concatenate([[.001, .002, .005, .01, .02], np.arange(.05, 1., .05), [.98, .99, .995, .999]])
 
 # %% ../../nbs/08_evaluation/03_threshold_tuning.ipynb #2566cad9
-def not_at_once(fired:np.ndarray, heard, quiet_frames:float) -> np.ndarray:
+def not_at_once(fired:np.ndarray, user_frames, quiet_frames:float) -> np.ndarray:
     "Of the frames at which head 1 would speak, those at which it may: after a reply it is quiet, but for an answer to the user."
     spoken, last = [], -math.inf
     for i in fired.tolist():
-        if i - last > quiet_frames or i in heard:
+        if i - last > quiet_frames or i in user_frames:
             spoken.append(i)
             last = i
     return np.array(spoken, dtype=int)

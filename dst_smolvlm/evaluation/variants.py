@@ -102,9 +102,9 @@ def others_of(cfg) -> list[Variant]:
 # %% ../../nbs/08_evaluation/01_variants.ipynb #443aa76b
 def variants_of(cfg) -> list[Variant]:
     "The variants that a configuration asks for, the main one first."
-    others, told = others_of(cfg), given_ground_truth(cfg.context_strategy)
+    others, warning = others_of(cfg), given_ground_truth(cfg.context_strategy)
     for name in (names := [v.name for v in (MODEL, HEAD_ONLY, *others, *CONTROLS)]):            # the controls' also where there are none
         if [other.lower() for other in names].count(name.lower()) > 1 or safe_name(name) != name:        # some file systems ignore case
             raise InputError(f'eval.strategies, eval.checkpoints: {name}: not a name of its own for a row')
-    own = lambda some: [replace(v, what=v.what + told) for v in some]
+    own = lambda some: [replace(v, what=v.what + warning) for v in some]
     return own((MODEL, HEAD_ONLY)) + others + own(CONTROLS if cfg.eval.controls else ())

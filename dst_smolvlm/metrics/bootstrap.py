@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_VIDEO', 'resample', 'bootstrap_scores', 'interval', 'exact_interval', 'is_point', 'Estimate', 'score_intervals',
-           'Difference', 'swapped_differences', 'compare']
+           'swapped_differences', 'Difference', 'compare']
 
 # %% ../../nbs/07_metrics/08_bootstrap.ipynb #6a9fa6ca
 from collections import Counter
@@ -87,6 +87,7 @@ def _estimate(value: float, samples: np.ndarray, n_videos: int, level: float, lo
     low, high = exact_interval(min(max((value - lowest)/(1 - lowest), 0.), 1.), judged, level)
     return Estimate(value, *ends, bound=(lowest + (1 - lowest)*low, lowest + (1 - lowest)*high))
 
+# %% ../../nbs/07_metrics/08_bootstrap.ipynb #b8c43205
 def _alone(counts: list[Counter], score: Callable) -> tuple[dict, dict]:
     "Every score of all videos together, and that of each alone [V]; NaN where undefined."
     return bootstrap_scores(counts, score, np.ones((1, len(counts)), int)), bootstrap_scores(counts, score, np.eye(len(counts), dtype=int))
@@ -102,6 +103,16 @@ def score_intervals(
     return {k: _estimate(float(once[k][0]), v, len(counts), level, None if k in unbounded else 0., judged[k]) for k, v in samples.items()}
 
 # %% ../../nbs/07_metrics/08_bootstrap.ipynb #8ea81119
+def swapped_differences(a: list[Counter], b: list[Counter], score: Callable, draws: int=1000, seed: int=0) -> dict[str, np.ndarray]:
+    "Differences of the two rows when the rows' counts are swapped in some of the videos: in all ways if there are few, else at random."
+    V = len(a)
+    if 2**V <= draws: swap = (np.arange(2**V)[:, None] >> np.arange(V)) & 1                 # [2^V, V]
+    else: swap = np.vstack([np.zeros((1, V), int), np.random.default_rng(seed).integers(0, 2, (draws - 1, V))])     # with none swapped
+    both, first = [*a, *b], np.hstack([1 - swap, swap])
+    A, B = (bootstrap_scores(both, score, w) for w in (first, 1 - first))
+    return {k: A[k] - B[k] for k in A if k in B}
+
+# %% ../../nbs/07_metrics/08_bootstrap.ipynb #67e02edf
 class Difference(NamedTuple):
     "A row minus another, with its interval, and what it shows; `why` there is no interval, and the `bound` of one without width."
     value: float|None
@@ -111,14 +122,12 @@ class Difference(NamedTuple):
     why: str = ''
     bound: tuple[float, float]|None = None
 
-def swapped_differences(a: list[Counter], b: list[Counter], score: Callable, draws: int=1000, seed: int=0) -> dict[str, np.ndarray]:
-    "Differences of the two rows when the rows' counts are swapped in some of the videos: in all ways if there are few, else at random."
-    V = len(a)
-    if 2**V <= draws: swap = (np.arange(2**V)[:, None] >> np.arange(V)) & 1                 # [2^V, V]
-    else: swap = np.vstack([np.zeros((1, V), int), np.random.default_rng(seed).integers(0, 2, (draws - 1, V))])     # with none swapped
-    both, first = [*a, *b], np.hstack([1 - swap, swap])
-    A, B = (bootstrap_scores(both, score, w) for w in (first, 1 - first))
-    return {k: A[k] - B[k] for k in A if k in B}
+def _verdict(e: Estimate, swapped: np.ndarray, level: float, less_is_better: bool) -> str:
+    "What an estimated difference shows, beside the differences when names are swapped."
+    low, high = e.bound or ((None, None) if e.low is None or is_point(e[1:3]) else e[1:3])      # a point shows nothing
+    if low is None or low <= 0 <= high: return 'no difference shown'
+    if np.nanmean(np.abs(swapped) >= abs(e.value) - 1e-12) > 1 - level: return 'no difference shown'     # as large if names meant nothing
+    return 'worse' if (low < 0) != less_is_better else 'better'
 
 def compare(
     a: list[Counter], b: list[Counter],    # counts of two rows, of the same videos in the same order
@@ -135,10 +144,5 @@ def compare(
     for name in (k for k in A if k in B):
         value, judged = float(A1[name][0] - B1[name][0]), int((~np.isnan(A_each[name] - B_each[name])).sum())
         e = _estimate(value, A[name] - B[name], len(a), level, None if name in unbounded else -1., judged)
-        low, high = e.bound or ((None, None) if e.low is None or is_point(e[1:3]) else e[1:3])      # a point shows nothing
-        chance = np.nanmean(np.abs(swapped[name]) >= abs(value) - 1e-12)                            # as large if the names meant nothing
-        verdict = 'no difference shown'
-        if not (low is None or low <= 0 <= high or chance > 1 - level):
-            verdict = 'worse' if (low < 0) != (name in lower_is_better) else 'better'
-        out[name] = Difference(*e[:3], verdict, e.why, e.bound)
+        out[name] = Difference(*e[:3], _verdict(e, swapped[name], level, name in lower_is_better), e.why, e.bound)
     return out

