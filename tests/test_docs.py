@@ -56,7 +56,7 @@ def test_configuration_names_the_hook_and_what_is_installed():
 
 
 def test_a_patched_method_stands_in_its_class(tmp_path):
-    "On the API pages, as it does for whoever uses the class; what is not patched stays where it is."
+    "On the API pages, where a reader looks for it; what is not patched stays where it is."
     griffe = pytest.importorskip('griffe')
     (tmp_path/'sample.py').write_text('''
 class A:
