@@ -1,5 +1,6 @@
 """The notebooks and the package say the same, and a notebook builds only on those before it."""
-import json, re, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
+from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -91,3 +92,14 @@ def test_every_requirement_has_a_tested_version():
     words = [word for key in ('requirements', 'lab_requirements', 'dev_requirements') for word in settings['DEFAULT'][key].split()]
     wrong = [str(r) for r in map(Requirement, words) if pins.get(r.name.lower()) not in r.specifier]
     assert not wrong
+
+
+def test_an_export_that_no_module_uses_says_for_whom_it_is():
+    "In its docstring: for users, notebooks, tests, or a comparison. What is for nobody goes."
+    texts = {p: p.read_text() for p in (root/'dst_smolvlm').rglob('*.py') if p.stem != '_modidx'}
+    words = Counter(word for text in texts.values()
+                    for word in re.findall(r'\w+', re.sub(r'__all__ = \[.*?\]', '', text, flags=re.DOTALL)))
+    unused = [(node.name, ast.get_docstring(node) or '') for text in texts.values() for node in ast.parse(text).body
+              if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.decorator_list and not node.name.startswith('_')
+              and words[node.name] == 1]
+    assert [name for name, said in unused if not re.search('users?|notebooks?|tests?|comparison', said)] == []

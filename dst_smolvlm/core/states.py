@@ -113,7 +113,7 @@ def apply_transitions(
     state,                          # [S]
     transitions: list[Transition],
 ) -> np.ndarray:                    # int8 [S], a new array
-    "The state after the transitions."
+    "For users of transitions, as a trace tells them: the state after them."
     state = np.array(state, dtype=np.int8)
     for step, _, after in transitions: state[step] = after
     return state
@@ -130,7 +130,7 @@ def legal_ratio(
     initial=None,            # [S] before frame 0; default all not started
     repeats: str = 'merge',
 ) -> float|None:             # in [0, 1]
-    "The share of all transitions that are legal."
+    "For users: the share of all transitions that are legal."
     legal = [is_legal(t, repeats) for change in state_changes(states, initial).values() for t in change]
     return sum(legal)/len(legal) if legal else None
 

@@ -107,7 +107,7 @@ def read_frames(
     source, fps: float = 2.0, source_fps: float | None = None,  # as for `iter_frames`, and so are the next three
     start: int = 0, stop: int | None = None, timeout: float = 10.,
 ) -> np.ndarray:  # uint8 [T, H, W, 3]
-    "The frames of a video at once, at the size of the first; at least one must be there, else `InputError`."
+    "For users: the frames of a video at once, at the size of the first; at least one must be there, else `InputError`."
     images = [frame.image for frame in iter_frames(source, fps, source_fps, start, stop, timeout)]
     if not images: raise InputError(f'{source_name(source)}: no frames from {start} to {stop}; the video is shorter')
     height, width = images[0].shape[:2]

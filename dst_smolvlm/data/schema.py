@@ -208,7 +208,7 @@ def write_records(records, path):
 
 # %% ../../nbs/01_data/00_schema.ipynb #666b4590
 class TimestampToStateConverter:
-    "States from `{name: {'timestamps': [first, …, last]}}`, or from a list of `Step`."
+    "For users: states from `{name: {'timestamps': [first, …, last]}}`, or from a list of `Step`."
     def __init__(self, steps: dict | list[Step], repeats: str = 'merge'):
         if isinstance(steps, dict):
             steps = [self._step(i, name, self._times(name, task)) for i, (name, task) in enumerate(steps.items(), 1)]

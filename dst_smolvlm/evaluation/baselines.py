@@ -104,7 +104,7 @@ class OraclePlayer:
         return answers
 
 def stream_oracle(model, layout, record:VideoRecord, frames, **options) -> Trace:
-    "What the `OraclePlayer` leaves behind on a video; `options` of `Stream`."
+    "For tests: the trace of the `OraclePlayer` on a video; `options` are those of a stream."
     longest = max((len(layout.assistant(text)) for text in reference_speech(record).values()), default=1)
     return stream_record(OraclePlayer(model, layout, record), layout, record, frames, name='oracle', tracker_options=None,
                          **dict(max_reply_tokens=longest) | options)

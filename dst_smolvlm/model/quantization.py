@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
 # %% ../../nbs/03_model/09_quantization.ipynb #14875325
 def token_error(exact:torch.Tensor, other:torch.Tensor) -> tuple[float, float]:
-    "Relative error (of all numbers, by the Frobenius norm), and the smallest cosine of a token [..., D]."
+    "For users: the relative error (of all numbers, by the Frobenius norm), and the smallest cosine of a token [..., D]."
     relative = (exact - other).norm()/exact.norm().clamp_min(1e-12)
     return relative.item(), torch.cosine_similarity(exact, other, dim=-1).min().item()
 

@@ -64,12 +64,12 @@ def trace_from_states(
 
 # %% ../../nbs/05_streaming/03_reference_traces.ipynb #c04acea7
 def oracle_trace(record: VideoRecord, fps: float|None=None, repeats: str='merge') -> Trace:
-    "The trace of an assistant that makes no mistake."
+    "For notebooks and tests: the trace of an assistant that makes no mistake."
     return trace_from_states(record, record.states(fps, repeats=repeats), reference_speech(record, fps), model='oracle', fps=fps)
 
 # %% ../../nbs/05_streaming/03_reference_traces.ipynb #2b7936cf
 def example_trace() -> Trace:
-    "`example_record` as an imagined model would stream it: a late start, a wrong step, a redundant and a missing reply."
+    "For notebooks and tests: `example_record` streamed with a late start, a wrong step, a redundant and a missing reply."
     record = example_record()
     blue, star, yellow = 1, 2, 3
     states, speech = record.states(), reference_speech(record)

@@ -140,7 +140,7 @@ def stream_records(
     ahead: int = 4,            # frames of every video that are decoded before they are needed
     **options,                 # of `StreamOptions`
 ) -> Iterator[Trace]:
-    "Stream videos side by side → their traces, as they end; raises `InputError` as `stream_record` does."
+    "For users: stream videos side by side → their traces, as they end; raises `InputError` as `stream_record` does."
     batch, videos, streaming, more = BatchStreamRunner(model, layout, slots, **options), iter(enumerate(videos)), {}, True
     while more or streaming:
         while more and batch.free:

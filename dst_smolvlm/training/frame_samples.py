@@ -25,7 +25,7 @@ def frame_sample(row:dict, t:int, tokens_per_frame:int) -> dict:
 
 # %% ../../nbs/04_training/07_frame_samples.ipynb #22e006bb
 class DSTFrameDataset(Dataset):
-    "The rows of a `DSTStreamDataset`, one sample for each of their frames: the row up to that frame, with its labels alone."
+    "For users who want one sample per frame: the rows of a `DSTStreamDataset`, each up to one frame, with that frame's labels alone."
     def __init__(self, streams:DSTStreamDataset):
         self.streams = streams
         self.set_epoch(streams.epoch)

@@ -125,7 +125,7 @@ def verdict(model, card:float=CARD, **settings) -> str:
 
 # %% ../../nbs/04_training/13_memory_estimate.ipynb #c8955ca7
 def longest_stream(model, card:float=CARD, limit:int=32768, step:int=1024, **settings) -> int:
-    "Tokens (a multiple of `step`, at most `limit`) of the longest stream that fits by the estimate; 0 if none does."
+    "For users: tokens (a multiple of `step`, at most `limit`) of the longest stream that fits by the estimate; 0 if none does."
     low, high = 0, limit//step
     while low < high:
         middle = (low + high + 1)//2

@@ -233,7 +233,7 @@ def show_frames(
     title: str = '',
     fps: float = 2.,  # says at what time a frame is
 ):
-    "Draw frames side by side in a notebook."
+    "For notebooks: draw frames side by side."
     import matplotlib.pyplot as plt
     strip = np.concatenate([np.pad(f, ((0, 0), (0, len(f)//12), (0, 0)), constant_values=255) for _, f in frames], axis=1)
     fig, ax = plt.subplots(figsize=(len(frames)*.8, 1.1))
