@@ -4,7 +4,7 @@ Pictures here are of one colour, and the model knows each colour by image tokens
 import copy, inspect, json, os, subprocess, sys
 
 import numpy as np, pytest, torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -290,9 +290,12 @@ def test_the_summary_is_the_models_own(tiny):
 # ---- the log and the cache, whatever comes ------------------------------------------------------------------------------------------
 
 FRAME = st.tuples(st.integers(0, 255), st.booleans(), st.booleans(), st.integers(0, 2))     # colour, speaks, changes, utterances
+QUIET = 0, False, False, 0
 EVENTS = st.lists(st.one_of(FRAME, st.none()), min_size=15, max_size=60)
 
 @given(way=st.sampled_from(WAYS), events=EVENTS, room=st.integers(60, 110), near=st.booleans(), forever=st.booleans())
+@example(way=('summarize_and_drop', {}), events=[QUIET]*5 + [None] + [QUIET]*6 + [None, None, (0, False, False, 2)], room=60, near=False,
+         forever=False)
 @settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 def test_log_and_cache_agree_whatever_comes(way, events, room, near, forever):
     "Random frames, missing frames, words, replies and changes under any strategy, with the last position far away or near."
@@ -301,7 +304,8 @@ def test_log_and_cache_agree_whatever_comes(way, events, room, near, forever):
     near = near and way != LEFT_IN_FRONT
     reserved = 46                                   # a turn of the user, one of the state, and a reply
     prompt = len(layout.prompt(FREE['goal'], '', NAMES, [0]*3).ids)
-    strategy = small_strategy(name, prompt + reserved + room, reserved, **more)
+    summary = 22 if name == 'summarize_and_drop' else 0                    # 6 tokens and 16 more, which it reserves beside
+    strategy = small_strategy(name, prompt + reserved + summary + room, reserved, **more)
     runner = StreamRunner(model, endless(layout) if forever else layout, NAMES, **FREE, strategy=strategy)
     runner.stream.tracker, memory = Scripted([0, 0, 0]), runner.memory
     if near: runner.stream.manager.last_position = 2*strategy.max_seq_len
