@@ -1,5 +1,5 @@
 "The bench of streaming: its arithmetic against a count of the operations, its scripts, and that a row is written. No time is asserted."
-import importlib.util, json, os, subprocess, sys
+import importlib.util, json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,17 +100,14 @@ def test_live_streams_hold_their_context_and_fail_when_work_piles_up():
     assert len(results) == 6 and all(r.first_token_ms >= r.decision_ms for r in results) and lengths() == before
     assert live.at_rate(.02, fps=20_000.) == np.inf                                      # 800 frames within a fiftieth of a second
 
-def test_quick_row_in_a_file(tmp_path):
+def test_quick_row_in_a_file(tmp_path, capsys):
     out = tmp_path/'rows.json'
-    command = [sys.executable, root/'bench'/'stream.py', '--quick', '--repeats', '1', '--only', 'loop_vs_generate', '--json', out]
-    environment = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+    bench.main(['--quick', '--repeats', '1', '--only', 'loop_vs_generate', '--json', str(out)])
     found = json.loads(out.read_text())
     assert {'rows', 'hardware', 'python', 'versions', 'threads', 'repeats'} <= set(found)
     (row,) = found['rows']
     assert row['name'] == 'loop_vs_generate' and row['ratio'] == min(c['ratio'] for c in row['cases']) > 0
     assert [(c['way'], c['words']) for c in row['cases']] == [('loop', 2), ('stream', 2), ('loop', 6), ('stream', 6)]
-    assert '| loop_vs_generate |' in done.stdout
-    refused = subprocess.run([*command[:2], '--only', 'nothing'], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert refused.returncode == 2 and 'choose of cache_vs_reencode_512' in refused.stderr
+    assert '| loop_vs_generate |' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused: bench.main(['--only', 'nothing'])
+    assert refused.value.code == 2 and 'choose of cache_vs_reencode_512' in capsys.readouterr().err
