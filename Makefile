@@ -35,7 +35,7 @@ docs: $(INSTALLED)
 	@echo "Open _docs/site/index.html"
 
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
 
 # torch comes first: left to another package's dependencies, pip may take a newer build and gigabytes of CUDA with it.
 $(INSTALLED): constraints.txt settings.ini setup.py

@@ -29,7 +29,7 @@ def weights(trainer): return torch.cat([p.detach().flatten() for p in trainer.mo
     (['++train.report_to=tensorbord'], 'train.report_to=tensorbord: tensorbord is not supported'),
     (['++train.report_to=trackio'], 'train.report_to=trackio: .*pip install trackio'),
     (['++train.metric_for_best_model=f1'], 'train.metric_for_best_model=f1: choose one of eval_loss'),
-    (['++train.early_stopping_patience=2', '++train.eval_strategy=steps', '++train.eval_steps=1'], 'better by what'),
+    (['++train.early_stopping_patience=2', '++train.eval_strategy=steps', '++train.eval_steps=1'], 'needs train.metric_for_best_model'),
     (['++train.class_weights=auto'], "choose 'fixed' or 'data'"),
     (['++train.deepspeed=zero2.json'], 'train: .*deepspeed'),
     (['++train.optim=adamw_9bit'], 'train: adamw_9bit is not a valid'),

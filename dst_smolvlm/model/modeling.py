@@ -45,7 +45,7 @@ FRAMES_AT_ONCE = 128
 class DSTSmolVLM(StreamGeneration, SmolVLMForConditionalGeneration):
     "SmolVLM2 that decides at every frame. `forward_streams` is the whole picture."
     config_class = DSTSmolVLMConfig
-    reading, row_tokens = 'auto', 0      # how a batch of streams is read, and the tokens of a packed row: see `read_rows`
+    reading, row_tokens = 'auto', 0      # how a batch of streams is read, and the tokens of a packed row: see `packing.read_rows`
 
     def __init__(self, config):
         super().__init__(config)

@@ -118,7 +118,8 @@ def check_watching(args:DSTTrainingArguments):
     if metric and (metric if metric.startswith('eval_') else f'eval_{metric}') not in METRICS:
         raise InputError(f'train.metric_for_best_model={metric}: choose one of {", ".join(METRICS)}')
     if args.early_stopping_patience and not metric:
-        raise InputError('train.early_stopping_patience: better by what? Set train.metric_for_best_model')
+        raise InputError(f'train.early_stopping_patience={args.early_stopping_patience}: needs train.metric_for_best_model, '
+                         'such as eval_stream_slot_accuracy or eval_loss')
     for name in args.report_to:
         try: [callback() for callback in get_reporting_integration_callbacks([name])]
         except (RuntimeError, ValueError, ImportError) as e: raise InputError(f'train.report_to={name}: {e}') from None

@@ -68,7 +68,7 @@ POSITIONS = 'recompute', 'rerotate', 'keep'
 class Continuation:
     "What a strategy returns: the stream goes on with the one, and then the other."
     kept: list[Segment]             # stays in the cache, in this order
-    prefill: list[Segment]          # must be read next, before the next frame
+    prefill: list[Segment]          # tokens to prefill before the next frame
     rerotate: bool = True           # whether kept keys are re-rotated to the positions where they stand now
 
 class BaseContextStrategy:

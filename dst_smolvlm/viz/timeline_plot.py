@@ -52,14 +52,14 @@ def _legend(with_truth: bool) -> list:
     dot = lambda marker, label, **style: Line2D([], [], ls='none', marker=marker, label=label, **style)
     marks = [dot('D', 'user', ms=4.5, color='#333333'), dot('v', 'reply', ms=6, color=SPEAK)]
     truth = [dot('^', 'reference reply', ms=4, mfc='none', mec='#333333'),
-             Line2D([], [], color=WRONG, lw=2, label='predicted (thick) ≠ true (thin)')]
+             Line2D([], [], color=WRONG, lw=2, label='predicted (thick) ≠ reference (thin)')]
     return patches + marks + truth*with_truth
 
 # %% ../../nbs/06_viz/01_timeline_plot.ipynb #421962e1
 def draw_lanes(
     trace: Trace,                        # the predicted states: the thick bars
     states: np.ndarray|None=None,        # [T, S], what was true: the thin bars
-    speech: dict[int, str]|None=None,    # frame → what should have been said; see `reference_speech`
+    speech: dict[int, str]|None=None,    # frame → the reference's reply; see `reference_speech`
     ax=None,                             # axes to draw into (default: a new figure)
     legend: bool=True
 ) -> Figure:
@@ -91,8 +91,8 @@ def draw_decisions(trace: Trace, record: VideoRecord|None=None, ax=None) -> Figu
     def beside(text, y, color):
         ax.annotate(text, (0, y), (-24, 0), xycoords=ax.get_yaxis_transform(), textcoords='offset points',
                     ha='right', va='center', fontsize=8, color=color)
-    for name, noun, probs, color, label, row in (('speak', 'true speech', trace.speak_probs, SPEAK, .8, 1.36),
-                                                 ('update', 'true updates', trace.update_probs, UPDATE, .2, 1.16)):
+    for name, noun, probs, color, label, row in (('speak', 'reference speech', trace.speak_probs, SPEAK, .8, 1.36),
+                                                 ('update', 'reference updates', trace.update_probs, UPDATE, .2, 1.16)):
         ax.plot(times, probs, color=color, lw=1.1)
         ax.axhline(trace.threshold(name), color=color, lw=.7, ls=(0, (4, 3)), alpha=.6)
         beside(f'P({name})', label, color)
@@ -105,7 +105,7 @@ def draw_decisions(trace: Trace, record: VideoRecord|None=None, ax=None) -> Figu
 
 # %% ../../nbs/06_viz/01_timeline_plot.ipynb #c4a1ec30
 def word_rows(trace: Trace, record: VideoRecord|None=None, tolerance_s: float=1.) -> list[tuple[float, str, str|None, str|None]]:
-    "Rows (time, who, said, should have been said) in order of time; replies and references share a row if they are near."
+    "Rows (time, who, said, reference) in order of time; replies and references share a row if they are near."
     fps, expected = trace.fps, {} if record is None else reference_speech(record, trace.fps)
     rows = [(e['time'], 'user', e['text'], None) for e in trace.events if e['type'] == 'user']
     free = dict(expected)
@@ -128,7 +128,7 @@ def _wrapped_rows(rows, max_rows: int, width: int) -> list[tuple[str, str, str, 
 def _draw_words(ax, table, with_truth: bool):
     "The table of words; a row is as high as its lines."
     y = 0.
-    for n, (label, left, right, lines) in enumerate([('', 'said', 'should have been said', 1)]*with_truth + table):
+    for n, (label, left, right, lines) in enumerate([('', 'said', 'reference', 1)]*with_truth + table):
         who, bold = label.split('  ')[-1], 'bold' if with_truth and n == 0 else None
         color = SPEAK if who.startswith('reply') else WRONG if who == 'missing' else '#333333'
         ax.text(.105, y, label, ha='right', color=color, fontsize=8, va='top')

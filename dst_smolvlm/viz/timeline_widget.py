@@ -74,7 +74,7 @@ def decisions_html(trace: Trace, frame: int) -> str:
 
 # %% ../../nbs/06_viz/05_timeline_widget.ipynb #0634f7ed
 def words_html(trace: Trace, frame: int, expected: dict[int, str]|None=None, last: int=8) -> str:
-    "The `last` things said up to `frame`, and what should have been said (frame → text)."
+    "The `last` things said up to `frame`, and the reference's replies (frame → text)."
     said = [(e['frame'], 0, e['type'], e['text']) for e in trace.events if e['type'] == 'user']
     said += [(i, 2, 'assistant', text) for i, text in trace.spoken] + [(i, 1, 'reference', text) for i, text in (expected or {}).items()]
     styles = {'user': 'color:#333;font-style:italic', 'assistant': f'color:{SPEAK}', 'reference': 'color:#888'}
