@@ -70,6 +70,14 @@ def test_outputs_are_stored_and_without_errors(path):
 
 
 @each_notebook
+def test_headings_differ(path):
+    "A table of contents cannot tell two headings of one name apart, nor reach one that is code alone."
+    lines = [line for c in cells(path) if c['cell_type'] == 'markdown' for line in source(c).splitlines() if re.match('#+ ', line)]
+    names = [re.sub('`[^`]*`', '', line.lstrip('# ')).lower().strip(' ,') for line in lines]
+    assert len(set(names)) == len(names) and all(names), lines
+
+
+@each_notebook
 def test_no_path_of_a_machine(path):
     for cell in cells(path):
         for text in output_text(cell):

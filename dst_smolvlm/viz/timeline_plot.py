@@ -141,7 +141,7 @@ def _draw_words(ax, table, with_truth: bool):
 # %% ../../nbs/06_viz/01_timeline_plot.ipynb #a5a9a643
 def timeline_figure(
     trace: Trace,
-    record: VideoRecord|None=None,   # the truth (default: only the trace is shown)
+    record: VideoRecord|None=None,   # the reference (default: only the trace is shown)
     words: int=14,                   # rows of words at most; 0 leaves them out
     cursor: float|None=None          # seconds, a vertical line at that time
 ) -> Figure:
